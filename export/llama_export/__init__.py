@@ -1,0 +1,1 @@
+"""Turn a Llama checkpoint into a bundle that runs without torch."""

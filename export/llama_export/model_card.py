@@ -1,0 +1,51 @@
+"""The README of a bundle, made from its manifest."""
+
+from __future__ import annotations
+
+from llama_runtime.bundle import Manifest
+
+
+def model_card(manifest: Manifest) -> str:
+    """Markdown that says what the bundle is, where it comes from and how good it is."""
+    geometry = manifest.geometry
+    licence = manifest.licence.name or "not stated by the source"
+    if manifest.licence.files:
+        licence += f" (see {', '.join(manifest.licence.files)})"
+    graphs = "\n".join(f"| {g.file} | {g.dialect} | {g.precision} |" for g in manifest.graphs)
+    tools = ", ".join(f"{name} {version}" for name, version in manifest.created_by.items())
+    return f"""# {manifest.name}
+
+A Caravan bundle: a Llama decoder as compiled graphs, ready to run without PyTorch.
+
+    pip install 'llama-caravan[cpu]'
+    llama-run generate "Once upon a time" --bundle .
+
+| | |
+|---|---|
+| source | {manifest.source.file} ({manifest.source.format}, sha256 {manifest.source.sha256}) |
+| licence of the model | {licence} |
+| layers, hidden size | {geometry.num_layers}, {geometry.hidden_size} |
+| heads, KV heads, head dimension | {geometry.num_heads}, {geometry.num_kv_heads}, \
+{geometry.head_dim} |
+| vocabulary | {geometry.vocab_size:,} |
+| longest sequence | {geometry.max_positions:,} tokens |
+
+| graph | dialect | precision |
+|---|---|---|
+{graphs}
+
+{_verification(manifest)}
+
+Built with {tools}.
+"""
+
+
+def _verification(manifest: Manifest) -> str:
+    figures = manifest.verification
+    if not figures:
+        return "Not verified against its source."
+    return (
+        f"Verified against its source on {figures['rows']} rows of logits from a ragged batch: "
+        f"they differ by at most {figures['max_logit_difference']:.2g}, and "
+        f"{figures['greedy_agreement']:.1%} have the same likeliest token."
+    )

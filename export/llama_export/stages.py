@@ -1,0 +1,74 @@
+"""The stages of a build as a person sees them: a bar while one runs, then its time."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+BAR_CELLS = 24
+REDRAW_S = 0.1
+
+Advance = Callable[[int], None]
+
+
+class Stages:
+    """Prints one line a stage; on a terminal the line is a bar until the stage is over.
+
+    Args:
+        stream: where to; None prints nothing.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+        self._terminal = stream is not None and stream.isatty()
+
+    @contextmanager
+    def __call__(self, name: str, total: int = 0) -> Iterator[Advance]:
+        """Time a stage.
+
+        Args:
+            name: what the line says.
+            total: the count that means done; 0 if it can't be known.
+
+        Yields:
+            A function to call with the count so far.
+        """
+        start = drawn = time.monotonic()
+
+        def advance(done: int) -> None:
+            nonlocal drawn
+            now = time.monotonic()
+            if self._terminal and total and now - drawn >= REDRAW_S:
+                drawn = now
+                filled = BAR_CELLS * min(done, total) // total
+                bar = "█" * filled + "░" * (BAR_CELLS - filled)
+                self._write(f"\r{self._fit(f'{name:<22}{bar} {100 * done // total:3d} %')}")
+
+        if self._terminal:
+            self._write(f"{name:<22}…")
+        try:
+            yield advance
+        except BaseException:
+            self._end_line(f"{name:<22}failed")
+            raise
+        self._end_line(f"{name:<22}{time.monotonic() - start:6.1f} s")
+
+    def _end_line(self, line: str) -> None:
+        self._write(f"\r\x1b[K{line}\n" if self._terminal else f"{line}\n")
+
+    def _fit(self, line: str) -> str:
+        return line[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
+
+    def _write(self, text: str) -> None:
+        if self._stream is not None:
+            self._stream.write(text)
+            self._stream.flush()
+
+
+def stderr_stages() -> Stages:
+    """Stages on standard error."""
+    return Stages(sys.stderr)

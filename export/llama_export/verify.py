@@ -1,0 +1,174 @@
+"""Does the exported graph compute what the decoder computes?
+
+The real engine runs a ragged job on the bundle's graph: prompts of one token and of several
+chunks, more sequences than slots, decode beside prompts, idle slots at the end. Each step runs in
+the eager decoder too, over the same arrays and a cache of its own, and the logits are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llama_decoder.decoder import LlamaDecoder
+from llama_export.errors import ExportError
+from llama_runtime.backends.base import Backend
+from llama_runtime.backends.ort_cpu import OrtCpu
+from llama_runtime.bundle import Bundle
+from llama_runtime.contract import SLOTS, cache_capacity
+from llama_runtime.engine import Engine
+from llama_runtime.machine import default_threads
+from llama_runtime.params import SamplingParams
+from llama_runtime.step_batch import Step
+from llama_runtime.tokenizer import Tokenizer
+
+LOGIT_TOLERANCE = 1e-3  # float32 against float32: what is left is the order of sums
+NEAR_TIE = 1e-3  # two logits this close may change places
+
+PROMPT_LENGTHS = (1, 2, 33, 34, 97, 7, 65, 3)
+COMPLETION_LENGTHS = (12, 3, 8, 5, 6, 10, 2, 9)
+NUM_SLOTS = 3
+MAX_CHUNK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """How far the graph is from the decoder.
+
+    Attributes:
+        rows: rows of logits compared.
+        max_logit_difference: the largest difference of two logits.
+        logit_tolerance: the largest one that passes.
+        greedy_agreement: share of the rows with the same likeliest token.
+        near_ties: rows that differ there because the decoder's two best logits are closer than
+            0.001, which is no disagreement.
+    """
+
+    rows: int
+    max_logit_difference: float
+    logit_tolerance: float
+    greedy_agreement: float
+    near_ties: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether the graph may be used."""
+        agreeing = round(self.greedy_agreement * self.rows) + self.near_ties
+        return self.max_logit_difference <= self.logit_tolerance and agreeing == self.rows
+
+    def require_passed(self) -> None:
+        """Raise an ``ExportError`` that says how far off the graph is, unless it passed."""
+        if not self.passed:
+            raise ExportError(
+                f"the graph does not compute what the model does: logits differ by up to "
+                f"{self.max_logit_difference:.2g} (limit {self.logit_tolerance:g}), and "
+                f"{self.greedy_agreement:.1%} of the likeliest tokens agree"
+            )
+
+    def as_dict(self) -> dict[str, int | float]:
+        """As the manifest records it."""
+        return asdict(self)
+
+
+def verify(
+    bundle: Bundle, decoder: LlamaDecoder, progress: Callable[[int], None] = lambda _: None
+) -> Verification:
+    """Compare a bundle's graph with the eager decoder.
+
+    Args:
+        bundle: with a graph in the ``slots`` dialect.
+        decoder: the source model, built with ``eager_attention``.
+        progress: called with the number of tokens generated so far, of ``num_compared_tokens()``.
+
+    Raises:
+        ExportError: a logit isn't finite.
+        BackendError: the graph doesn't load or run.
+    """
+    geometry = bundle.manifest.geometry
+    longest = min(geometry.max_positions, max(PROMPT_LENGTHS) + max(COMPLETION_LENGTHS))
+    capacity = cache_capacity(longest, MAX_CHUNK)
+    graph = OrtCpu(
+        bundle.graph_path(SLOTS.name),
+        geometry,
+        num_slots=NUM_SLOTS,
+        capacity=capacity,
+        threads=default_threads(),
+    )
+    compared = ComparedBackend(graph, decoder, NUM_SLOTS, capacity)
+    engine = Engine(
+        compared,
+        Tokenizer(bundle.tokenizer_path).byte_table,
+        eos_token_ids=(),
+        vocab_size=geometry.vocab_size,
+        max_batch=NUM_SLOTS,
+        max_len=longest,
+        token_budget=NUM_SLOTS + 2 * MAX_CHUNK,
+        max_chunk=MAX_CHUNK,
+    )
+    tokens = np.random.default_rng(0)
+    for length, count in zip(PROMPT_LENGTHS, COMPLETION_LENGTHS, strict=True):
+        fitting = min(length, longest - count)
+        prompt = tokens.integers(0, geometry.vocab_size, fitting).tolist()
+        engine.add(prompt, SamplingParams(max_tokens=count))
+    done = 0
+    while engine.has_work:
+        done += sum(event.token_id is not None for event in engine.step())
+        progress(done)
+    if engine.failure is not None:
+        raise engine.failure
+    engine.close()
+    return compared.result()
+
+
+def num_compared_tokens() -> int:
+    """Tokens that ``verify`` generates, for progress."""
+    return sum(COMPLETION_LENGTHS)
+
+
+class ComparedBackend:
+    """A backend that runs each step in the eager decoder too and keeps the differences."""
+
+    def __init__(
+        self, backend: Backend, decoder: LlamaDecoder, num_slots: int, capacity: int
+    ) -> None:
+        self._backend = backend
+        self._decoder = decoder
+        self._cache = decoder.empty_cache(num_slots, capacity)
+        self._rows = self._agreeing = self._near_ties = 0
+        self._difference = 0.0
+
+    def run(self, step: Step) -> npt.NDArray[np.float32]:
+        logits = self._backend.run(step)
+        inputs = [torch.from_numpy(getattr(step, spec.name)) for spec in SLOTS.inputs]
+        expected, self._cache = self._decoder(*inputs, self._cache)
+        if step.num_logits:
+            self._compare(logits[: step.num_logits], expected[: step.num_logits].numpy())
+        return logits
+
+    def close(self) -> None:
+        self._backend.close()
+
+    def _compare(
+        self, logits: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]
+    ) -> None:
+        if not (np.isfinite(logits).all() and np.isfinite(expected).all()):
+            raise ExportError("the model gives logits that are not finite: check its weights")
+        self._rows += len(logits)
+        self._difference = max(self._difference, float(np.abs(logits - expected).max()))
+        best = np.partition(expected, -2, axis=1)[:, -2:]
+        same = logits.argmax(axis=1) == expected.argmax(axis=1)
+        self._agreeing += int(same.sum())
+        self._near_ties += int((~same & (best[:, 1] - best[:, 0] < NEAR_TIE)).sum())
+
+    def result(self) -> Verification:
+        return Verification(
+            rows=self._rows,
+            max_logit_difference=self._difference,
+            logit_tolerance=LOGIT_TOLERANCE,
+            greedy_agreement=self._agreeing / self._rows,
+            near_ties=self._near_ties,
+        )

@@ -1,0 +1,1 @@
+"""What a Llama is: configuration, weights and the decoder, in torch."""

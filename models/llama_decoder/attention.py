@@ -1,0 +1,148 @@
+"""Attention over packed tokens and an explicit cache, once for each dialect.
+
+A dialect is a function from the packed projections of one layer and its cache to the packed
+result and the cache after the step. ``eager_attention`` is plain torch and the reference that
+parity is measured against; ``slots_attention`` emits the operator that ONNX Runtime's CPU runs.
+Both take the inputs of the ``slots`` contract, so the same arrays drive either.
+
+Shape letters are those of ``llama_runtime.contract``; W = (H + 2K)·D.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llama_decoder.config import LlamaConfig
+
+
+class SlotInputs(NamedTuple):
+    """Where the packed tokens of a step live: the contract's inputs between ids and cache."""
+
+    unpack: Tensor  # int64 [B, S]
+    pack: Tensor  # int64 [N]
+    seqlens_k: Tensor  # int32 [B]
+    query_seqlens: Tensor  # int32 [B]
+    total_sequence_length: Tensor  # int32 []
+
+
+class Attention(Protocol):
+    """Attention of one layer in one dialect."""
+
+    def __call__(
+        self,
+        config: LlamaConfig,
+        qkv: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        slots: SlotInputs,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            config: the model's numbers.
+            qkv: [N, W], query, key and value rows of the packed tokens, before RoPE.
+            past_key: [B, K, C, D], the layer's keys, RoPE applied.
+            past_value: [B, K, C, D].
+            slots: where each packed token belongs.
+            cos: [positions, D/2].
+            sin: [positions, D/2].
+
+        Returns:
+            The attended rows [N, H·D], and the keys and values with the new tokens in place.
+        """
+
+
+def slots_attention(
+    config: LlamaConfig,
+    qkv: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    slots: SlotInputs,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Emit com.microsoft.GroupQueryAttention, RoPE and cache write inside; see ``Attention``.
+
+    Source: the operator's schema in ONNX Runtime 1.32 (docs/ContribOperators.md).
+    """
+    cells = F.embedding(slots.unpack, qkv)  # [B, S, W], spelled so that it exports as one Gather
+    num_slots, width = slots.unpack.shape
+    attended_size = config.num_heads * config.head_dim
+    inputs: list[Tensor | None] = [None] * 17
+    inputs[0] = cells
+    inputs[3:9] = [
+        past_key,
+        past_value,
+        slots.seqlens_k,
+        slots.total_sequence_length,
+        cos,
+        sin,
+    ]
+    inputs[16] = slots.query_seqlens
+    attended, key, value = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        inputs,
+        attrs={
+            "num_heads": config.num_heads,
+            "kv_num_heads": config.num_kv_heads,
+            "do_rotary": 1,
+        },
+        dtypes=(qkv.dtype, past_key.dtype, past_value.dtype),
+        shapes=((num_slots, width, attended_size), past_key.shape, past_value.shape),
+        version=1,
+    )
+    return attended.reshape(-1, attended_size).index_select(0, slots.pack), key, value
+
+
+def eager_attention(
+    config: LlamaConfig,
+    qkv: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    slots: SlotInputs,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend in plain torch; see ``Attention``. The cache that comes in is left as it was."""
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    num_slots, width = slots.unpack.shape
+    capacity = past_key.shape[2]
+
+    cells = qkv[slots.unpack].view(num_slots, width, heads + 2 * kv_heads, dim)
+    query, new_key, new_value = cells.split([heads, kv_heads, kv_heads], dim=2)
+
+    columns = torch.arange(width)
+    past = slots.seqlens_k + 1 - slots.query_seqlens  # [B]; meaningless for an inactive slot
+    positions = (past[:, None] + columns).clamp(0, capacity - 1).long()  # [B, S]
+    slot, column = (columns < slots.query_seqlens[:, None]).nonzero(as_tuple=True)
+    position = positions[slot, column]
+
+    query = _rotate(query, cos[positions], sin[positions])
+    new_key = _rotate(new_key, cos[positions], sin[positions])
+    key, value = past_key.clone(), past_value.clone()
+    key[slot, :, position] = new_key[slot, column]
+    value[slot, :, position] = new_value[slot, column]
+
+    causal = torch.arange(capacity) <= positions[:, :, None]  # [B, S, C]
+    attended = F.scaled_dot_product_attention(
+        query.transpose(1, 2),  # [B, H, S, D]
+        key,
+        value,
+        attn_mask=causal[:, None],
+        enable_gqa=True,
+    )
+    attended = attended.transpose(1, 2).reshape(num_slots * width, heads * dim)
+    return attended[slots.pack], key, value
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE in the half-split layout of Hugging Face checkpoints: x [B, S, heads, D]."""
+    cos, sin = cos[:, :, None], sin[:, :, None]  # [B, S, 1, D/2]
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

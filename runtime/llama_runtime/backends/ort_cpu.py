@@ -1,0 +1,115 @@
+"""ONNX Runtime on the CPU: the ``slots`` dialect, its cache bound in place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llama_runtime.contract import LOGITS, ROW_MULTIPLE, SLOTS, Geometry
+from llama_runtime.errors import BackendError, DependencyError
+from llama_runtime.kv_cache import cache_buffers
+from llama_runtime.step_batch import Step
+
+
+class OrtCpu:
+    """One session with one set of buffers; ``run`` allocates nothing that grows with the cache.
+
+    Args:
+        graph: an ONNX file in the ``slots`` dialect.
+        geometry: the model's numbers.
+        num_slots: B.
+        capacity: C.
+        threads: threads of the kernels; the step's bits depend on this number alone.
+
+    Raises:
+        DependencyError: onnxruntime is missing or too old.
+        BackendError: the graph can't be loaded.
+    """
+
+    def __init__(
+        self,
+        graph: Path,
+        geometry: Geometry,
+        *,
+        num_slots: int,
+        capacity: int,
+        threads: int,
+    ) -> None:
+        ort = import_onnxruntime()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises many types that share no base of its own
+            raise BackendError(f"{graph} can't be loaded: {error}") from error
+        self._binding = self._session.io_binding()
+        rows = -(-num_slots // ROW_MULTIPLE) * ROW_MULTIPLE
+        self._logits = np.zeros((rows, geometry.vocab_size), np.float32)
+        self._cache = cache_buffers(geometry, num_slots, capacity)
+        for past, present, buffer in zip(
+            SLOTS.cache_inputs(geometry.num_layers),
+            SLOTS.cache_outputs(geometry.num_layers),
+            self._cache,
+            strict=True,
+        ):
+            _bind(self._binding.bind_input, past.name, buffer)
+            _bind(self._binding.bind_output, present.name, buffer)
+
+    def run(self, step: Step) -> npt.NDArray[np.float32]:
+        """See ``Backend.run``."""
+        for spec in SLOTS.inputs:
+            _bind(self._binding.bind_input, spec.name, getattr(step, spec.name))
+        logits = self._logits[: len(step.logits_rows)]
+        _bind(self._binding.bind_output, LOGITS.name, logits)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise BackendError(f"the graph failed: {error}") from error
+        return logits
+
+    def close(self) -> None:
+        """See ``Backend.close``."""
+        del self._binding, self._session, self._cache
+
+
+def _bind(bind: Any, name: str, array: npt.NDArray[Any]) -> None:
+    """Bind an array where it lies: no copy on the way in or out."""
+    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module, its telemetry off.
+
+    Raises:
+        DependencyError: it is missing, or lacks the attention operator's ragged form.
+    """
+    before = os.environ.get("ORT_DISABLE_TELEMETRY")
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read once, while the library loads
+    try:
+        import onnxruntime as ort
+        from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
+    except ImportError as error:
+        raise DependencyError(
+            f"onnxruntime can't be imported ({error}): pip install 'llama-caravan[cpu]'"
+        ) from error
+    finally:
+        if before is None:
+            del os.environ["ORT_DISABLE_TELEMETRY"]
+        else:
+            os.environ["ORT_DISABLE_TELEMETRY"] = before
+    ort.disable_telemetry_events()
+    for schema in get_all_operator_schema():
+        if schema.name == "GroupQueryAttention":
+            if any(entry.name == "query_seqlens" for entry in schema.inputs):
+                return ort
+            break
+    raise DependencyError(
+        f"onnxruntime {ort.__version__} has no ragged GroupQueryAttention, which came with 1.32: "
+        "pip install 'onnxruntime>=1.32'"
+    )

@@ -1,0 +1,121 @@
+"""The lines of a prompts file or of a stream, one at a time and never held whole."""
+
+from __future__ import annotations
+
+import io
+import select
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+MAX_LINE_BYTES = 2**24  # far beyond any context; a stream without line ends must not fill memory
+_READ_BYTES = 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line that isn't blank.
+
+    Attributes:
+        number: its place in the input, from 1; blank lines count.
+        text: without its line end; empty if there is a problem.
+        problem: why the line can't be read, as a sentence, or None.
+    """
+
+    number: int
+    text: str
+    problem: str | None = None
+
+
+class LineReader:
+    r"""Reads lines as they are wanted, and skips blank ones.
+
+    A line ends at ``\n`` or ``\r\n``. A byte order mark before the first one is dropped.
+
+    Args:
+        file: open for reading bytes.
+    """
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self._file = file
+        self._buffer = bytearray()
+        self._number = 0
+        self._ended = False
+        self._peeked: Line | None = None
+
+    def ready(self) -> bool:
+        """Whether the next line can be had without waiting for whoever writes it.
+
+        Always true where that can't be asked: files in memory, and pipes on Windows.
+        """
+        if self._peeked or self._ended or b"\n" in self._buffer:
+            return True
+        try:
+            return bool(select.select([self._file], [], [], 0)[0])
+        except (OSError, ValueError):
+            return True
+
+    def peek(self) -> Line | None:
+        """The next line, which stays the next; None at the end."""
+        if self._peeked is None:
+            self._peeked = self._next_not_blank()
+        return self._peeked
+
+    def __iter__(self) -> Iterator[Line]:
+        return self
+
+    def __next__(self) -> Line:
+        line = self.peek()
+        if line is None:
+            raise StopIteration
+        self._peeked = None
+        return line
+
+    def _next_not_blank(self) -> Line | None:
+        while (data := self._take()) is not None:
+            self._number += 1
+            line = _decode(self._number, data)
+            if line.problem is not None or not line.text.isspace():
+                if line.text or line.problem:
+                    return line
+        return None
+
+    def _take(self) -> bytes | None:
+        """The bytes of the next line, cut just past ``MAX_LINE_BYTES``; None at the end."""
+        searched = 0
+        while (end := self._buffer.find(b"\n", searched)) < 0 and not self._ended:
+            searched = len(self._buffer)
+            if searched > MAX_LINE_BYTES:
+                return self._cut()
+            self._fill()
+        data = bytes(self._buffer if end < 0 else self._buffer[: end + 1])
+        del self._buffer[: len(data)]
+        return data or None
+
+    def _cut(self) -> bytes:
+        data = bytes(self._buffer[: MAX_LINE_BYTES + 1])
+        while (end := self._buffer.find(b"\n")) < 0 and not self._ended:
+            self._buffer.clear()
+            self._fill()
+        del self._buffer[: end + 1 if end >= 0 else len(self._buffer)]
+        return data
+
+    def _fill(self) -> None:
+        data = self._file.read1(_READ_BYTES)
+        self._ended = not data
+        self._buffer += data
+
+
+def _decode(number: int, data: bytes) -> Line:
+    if len(data) > MAX_LINE_BYTES:
+        return Line(number, "", f"line {number} is longer than {MAX_LINE_BYTES} bytes")
+    data = data.removesuffix(b"\n").removesuffix(b"\r")
+    if number == 1:
+        data = data.removeprefix(b"\xef\xbb\xbf")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        problem = f"byte 0x{data[error.start]:02X} at position {error.start + 1}"
+        return Line(number, "", f"line {number} is not UTF-8 text: {problem}")
+    if "\0" in text:
+        return Line(number, "", f"line {number} is not text: it holds a zero byte")
+    return Line(number, text)

@@ -1,0 +1,144 @@
+"""The step contract: the names, types and axes that an exported graph and a backend agree on.
+
+Export builds graphs from these tables and the backends bind from them, so a name is written once.
+Standard library only: the decoder imports it too.
+
+Axis letters mean the same everywhere in the project:
+
+    B slots           N packed tokens     S widest chunk of the step    R rows that need logits
+    K KV heads        H query heads       D head dimension              E hidden size
+    V vocabulary      C cache capacity    L layers
+
+Every forward takes packed tokens: the new tokens of all running sequences back to back, whatever
+mix of prompt chunks and single decode tokens they are. Only attention sees slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DType = Literal["float32", "int64", "int32"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output of a graph.
+
+    Attributes:
+        name: the tensor's name in the graph.
+        dtype: element type.
+        axes: one letter an axis, from the legend of this module; empty for a scalar.
+        meaning: one line for the documentation, which a test compares with this table.
+    """
+
+    name: str
+    dtype: DType
+    axes: tuple[str, ...]
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The numbers of a model that a backend and a memory plan need.
+
+    Attributes:
+        num_layers: L.
+        num_heads: H, query heads.
+        num_kv_heads: K, key and value heads.
+        head_dim: D.
+        hidden_size: E.
+        intermediate_size: width of the gated MLP.
+        vocab_size: V.
+        max_positions: the longest sequence the model was made for, in tokens.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """One way of spelling attention and the cache.
+
+    Attributes:
+        name: as the manifest records it.
+        inputs: the inputs before the cache, in graph order.
+        cache_axes: axes of every key and value tensor.
+        cache_dtype: their element type.
+    """
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    cache_axes: tuple[str, ...]
+    cache_dtype: DType
+
+    def cache_inputs(self, num_layers: int) -> tuple[TensorSpec, ...]:
+        """Key then value of every layer, as they enter the graph."""
+        return self._cache("past_key_values", "before this step", num_layers)
+
+    def cache_outputs(self, num_layers: int) -> tuple[TensorSpec, ...]:
+        """Key then value of every layer, bound to the same buffers as the inputs."""
+        return self._cache("present", "after this step", num_layers)
+
+    def _cache(self, prefix: str, when: str, num_layers: int) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(f"{prefix}.{i}.{part}", self.cache_dtype, self.cache_axes, f"{part}s {when}")
+            for i in range(num_layers)
+            for part in ("key", "value")
+        )
+
+
+LOGITS = TensorSpec("logits", "float32", ("R", "V"), "scores of the next token")
+
+SLOTS = Dialect(
+    name="slots",
+    inputs=(
+        TensorSpec("input_ids", "int64", ("N",), "packed new tokens"),
+        TensorSpec("logits_rows", "int64", ("R",), "packed rows that need logits"),
+        TensorSpec("unpack", "int64", ("B", "S"), "packed row of each cell of the padded chunk"),
+        TensorSpec("pack", "int64", ("N",), "cell of the padded chunk, row by row, of each token"),
+        TensorSpec(
+            "seqlens_k", "int32", ("B",), "cached tokens after this step, less 1; 0 if inactive"
+        ),
+        TensorSpec("query_seqlens", "int32", ("B",), "new tokens of each slot; 0 if inactive"),
+        TensorSpec(
+            "total_sequence_length", "int32", (), "the largest count of cached tokens after it"
+        ),
+    ),
+    cache_axes=("B", "K", "C", "D"),
+    cache_dtype="float32",
+)
+
+DIALECTS = {dialect.name: dialect for dialect in (SLOTS,)}
+
+# The rules that make a sequence's logits the same bits in any company on ONNX Runtime's CPU
+# kernels (docs/architecture.md gives the reason of each, tests/laws breaks each once).
+MIN_WIDTH = 2  # S: one column selects another attention kernel for the whole batch
+CHUNK_MULTIPLE = 32  # prompt chunks end at multiples of it, but for the last
+ROW_MULTIPLE = 4  # N and R are padded to multiples of it
+MIN_CHUNK = CHUNK_MULTIPLE + 1  # the longest last chunk, which is never split
+MAX_CHUNK = 512  # the RoPE table reaches this far past the model's longest sequence
+
+
+def last_chunk_start(num_prompt_tokens: int) -> int:
+    """First prompt position of the last chunk, which no schedule may split or merge.
+
+    It leaves 2 to 33 tokens to the last chunk (1 if the prompt has one token), so the row whose
+    logits are sampled always runs in a query tile of the same shape, alone or in company.
+    """
+    return CHUNK_MULTIPLE * max(0, (num_prompt_tokens - 2) // CHUNK_MULTIPLE)
+
+
+def cache_capacity(max_len: int, max_chunk: int) -> int:
+    """C for sequences of up to ``max_len`` tokens when chunks are up to ``max_chunk`` wide.
+
+    A chunk is padded to the widest of its step, and the padded cells too must lie in the buffer.
+    """
+    return max_len + max(MIN_WIDTH, min(max_chunk, max_len))

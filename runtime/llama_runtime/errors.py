@@ -1,0 +1,47 @@
+"""The tree of errors that Caravan raises on purpose.
+
+Every message is one sentence a user can act on: what is wrong, the value, the limit, what to do.
+
+    CaravanError
+    ├── BundleError       a bundle is missing something, altered, or of another schema
+    ├── RequestError      one request is wrong; carries the parameter's name
+    │   └── CapacityError the request is fine but larger than what was set up
+    ├── BackendError      the compiled graph can't be loaded or failed while running
+    └── DependencyError   an optional package is missing; names the command that installs it
+
+``llama_decoder.CheckpointError`` and ``llama_export.ExportError`` derive from the root too.
+"""
+
+from __future__ import annotations
+
+
+class CaravanError(Exception):
+    """Root of everything that is raised on purpose."""
+
+
+class BundleError(CaravanError):
+    """A bundle can't be used: a file is missing, altered, extra or of an unknown schema."""
+
+
+class RequestError(CaravanError, ValueError):
+    """A request is wrong; the other requests are unharmed.
+
+    Attributes:
+        param: name of the offending parameter, as the caller spelled it.
+    """
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class CapacityError(RequestError):
+    """A request is larger than the limits that were chosen at start."""
+
+
+class BackendError(CaravanError):
+    """The compiled graph could not be loaded, or failed while running."""
+
+
+class DependencyError(CaravanError):
+    """An optional package is missing."""

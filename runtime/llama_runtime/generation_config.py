@@ -1,0 +1,43 @@
+"""What the model's publisher says about generation: end tokens and default sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llama_runtime.errors import BundleError, RequestError
+from llama_runtime.params import SamplingParams
+
+
+def eos_token_ids(config: Mapping[str, Any]) -> frozenset[int]:
+    """Every token that ends a completion.
+
+    Args:
+        config: the bundle's ``generation_config.json``.
+
+    Raises:
+        BundleError: the entry is neither an id nor a list of ids.
+    """
+    value = config.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise BundleError(f"generation_config.json: eos_token_id must be token ids, not {value!r}")
+    return frozenset(ids)
+
+
+def default_params(config: Mapping[str, Any]) -> SamplingParams:
+    """Sampling where the caller asks for none: greedy, unless the publisher says ``do_sample``.
+
+    Without ``do_sample`` a temperature in the file means nothing to ``transformers`` either.
+
+    Raises:
+        BundleError: an entry is out of range.
+    """
+    if config.get("do_sample") is not True:
+        return SamplingParams()
+    names = ("temperature", "top_k", "top_p")
+    given = {name: config[name] for name in names if config.get(name) is not None}
+    try:
+        return SamplingParams(**({"temperature": 1.0} | given))
+    except RequestError as error:
+        raise BundleError(f"generation_config.json: {error}") from error

@@ -1,0 +1,81 @@
+"""The key and value cache of the ``slots`` dialect: one row of one buffer for each sequence."""
+
+from __future__ import annotations
+
+import heapq
+import mmap
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from llama_runtime.contract import Geometry
+from llama_runtime.sequence import Sequence
+
+
+class SlotCache:
+    """Who owns which slot.
+
+    Invariants, executable in ``check``: every slot is either free or owned by one sequence, which
+    names it; no sequence holds more tokens than fit.
+
+    Args:
+        num_slots: B, sequences that can run at once.
+        max_len: the most tokens of one sequence.
+    """
+
+    def __init__(self, num_slots: int, max_len: int) -> None:
+        self.num_slots = num_slots
+        self.max_len = max_len
+        self._free = list(range(num_slots))  # a heap: the lowest slot is handed out first
+        self._owners: dict[int, Sequence] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Slots that nobody holds."""
+        return len(self._free)
+
+    def allocate(self, seq: Sequence) -> None:
+        """Give the lowest free slot to a sequence; one must be free."""
+        slot = heapq.heappop(self._free)
+        seq.slot = slot
+        seq.cache_len = 0
+        self._owners[slot] = seq
+
+    def free(self, seq: Sequence) -> None:
+        """Take a sequence's slot back."""
+        if seq.slot is None or self._owners.pop(seq.slot, None) is not seq:
+            raise RuntimeError(f"sequence {seq.id} does not hold slot {seq.slot}")
+        heapq.heappush(self._free, seq.slot)
+        seq.slot = None
+
+    def check(self) -> None:
+        """Raise if slots and owners don't balance.
+
+        Raises:
+            RuntimeError: an invariant is broken, which is a defect of Caravan.
+        """
+        slots = sorted([*self._free, *self._owners])
+        if slots != list(range(self.num_slots)):
+            raise RuntimeError(f"slots don't balance: free {self._free}, owned {self._owners}")
+        for slot, seq in self._owners.items():
+            if seq.slot != slot or not 0 <= seq.cache_len <= min(seq.num_tokens, self.max_len):
+                raise RuntimeError(f"slot {slot} is out of step with sequence {seq.id}")
+
+
+def cache_buffers(
+    geometry: Geometry, num_slots: int, capacity: int
+) -> list[npt.NDArray[np.float32]]:
+    """Zero buffers [B, K, C, D], keys then values of each layer, that cost what is touched.
+
+    numpy's own zeros take huge pages where the system offers them, and then a few short sequences
+    make most of the buffer resident; here only the small pages that hold tokens are.
+    """
+    shape = (num_slots, geometry.num_kv_heads, capacity, geometry.head_dim)
+    buffers = []
+    for _ in range(2 * geometry.num_layers):
+        pages = mmap.mmap(-1, prod(shape) * np.dtype(np.float32).itemsize)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+        buffers.append(np.frombuffer(pages, dtype=np.float32).reshape(shape))
+    return buffers

@@ -1,0 +1,116 @@
+"""From logits to tokens, in numpy, each row by its own parameters and its own random stream.
+
+The numbers that a sequence draws depend on its seed and the index of the token alone: not on the
+slot, the batch, the neighbours or the step of admission.
+
+A row is sampled by inverting the cumulative distribution at one uniform number: over the whole
+vocabulary in order of token ids if no filter is on, else over the kept tokens from the likeliest
+on, equal ones by token id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import numpy.typing as npt
+
+from llama_runtime.params import SamplingParams
+from llama_runtime.sequence import Sequence
+
+Floats = npt.NDArray[np.floating]
+
+# A nucleus is looked for among this many likeliest tokens before the whole row is sorted.
+CANDIDATES = 256
+NOT_FINITE = -1  # in place of a token id: the row held no finite maximum
+
+
+def sample(logits: npt.NDArray[np.float32], seqs: Seq[Sequence]) -> npt.NDArray[np.int64]:
+    """The next token of each sequence.
+
+    Args:
+        logits: [R, V], row i belonging to the i-th sequence; more rows are ignored.
+        seqs: the sequences that the rows belong to.
+
+    Returns:
+        Token ids [len(seqs)], ``NOT_FINITE`` where a row has a NaN or no finite maximum.
+    """
+    rows = logits[: len(seqs)]
+    likeliest = rows.argmax(axis=1)  # numpy's argmax stops at the first NaN, so a NaN shows here
+    best = rows[np.arange(len(seqs)), likeliest]
+    tokens = np.where(np.isfinite(best), likeliest, NOT_FINITE)
+    for i, seq in enumerate(seqs):
+        if not seq.params.greedy and tokens[i] != NOT_FINITE:
+            number = uniform(seq.seed, 0, seq.num_completion_tokens)
+            tokens[i] = draw(rows[i], seq.params, number)
+    return tokens
+
+
+def uniform(seed: int, sample_index: int, token_index: int) -> float:
+    """A number in [0, 1) with 53 bits, from a counter-based stream.
+
+    Source: Philox 4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011),
+    keyed by (seed, sample index), at counter (token index, 0, 0, 0), first word, high bits.
+
+    Args:
+        seed: the sequence's seed, 0 to 2^64 - 1.
+        sample_index: which of several samples of one prompt, from 0.
+        token_index: which token of the completion, from 0.
+    """
+    stream = np.random.Philox(key=[seed, sample_index], counter=[token_index, 0, 0, 0])
+    return float(stream.random_raw() >> 11) * 2.0**-53
+
+
+def draw(logits: npt.NDArray[np.float32], params: SamplingParams, number: float) -> int:
+    """The token at ``number`` of the distribution that the parameters make of a row.
+
+    Args:
+        logits: [V], with a finite maximum.
+        params: temperature above 0, and the filters.
+        number: in [0, 1).
+    """
+    scaled = logits.astype(np.float64)
+    scaled -= scaled.max()  # before the division: no temperature can overflow it
+    scaled /= params.temperature
+    weights = np.exp(scaled)
+    if not 0 < params.top_k < weights.size and params.top_p >= 1:
+        return _invert(weights, number)
+    kept = _nucleus(weights, params.top_k, params.top_p)
+    return int(kept[_invert(weights[kept], number)])
+
+
+def _nucleus(weights: Floats, top_k: int, top_p: float) -> npt.NDArray[np.intp]:
+    """Tokens that top_k and then top_p keep, likeliest first.
+
+    Tokens as likely as the k-th are kept with it, and the nucleus is the shortest run of
+    likeliest tokens that holds ``top_p`` of what top_k kept: the meaning of ``transformers``.
+    """
+    if 0 < top_k < weights.size:
+        order = _likeliest(weights, top_k)
+        if top_p >= 1:
+            return order
+        whole = weights[order].sum()
+    else:
+        whole = weights.sum()
+        order = _likeliest(weights, CANDIDATES)
+        if weights[order].sum() < top_p * whole:
+            order = _likeliest(weights, weights.size)
+    cumulative = weights[order].cumsum()
+    return order[: int(np.searchsorted(cumulative, top_p * whole)) + 1]
+
+
+def _likeliest(weights: Floats, count: int) -> npt.NDArray[np.intp]:
+    """The ``count`` likeliest tokens and all equals of the last, likeliest first."""
+    if count >= weights.size:
+        return np.argsort(-weights, kind="stable")
+    threshold = np.partition(weights, weights.size - count)[weights.size - count]
+    tokens = np.flatnonzero(weights >= threshold)
+    return tokens[np.argsort(-weights[tokens], kind="stable")]
+
+
+def _invert(weights: Floats, number: float) -> int:
+    """The index at ``number`` of the cumulative distribution of unnormalised weights."""
+    cumulative = weights.cumsum()
+    index = int(np.searchsorted(cumulative, number * cumulative[-1], side="right"))
+    # Rounding may carry the target to the very end, past the last weight above 0.
+    return min(index, int(np.flatnonzero(weights)[-1]))

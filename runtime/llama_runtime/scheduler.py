@@ -1,0 +1,121 @@
+"""Which tokens of which sequences run in the next step.
+
+Continuous batching: a sequence that ends gives its slot to the next one in the same run. Every
+running sequence that has its prompt in the cache decodes one token in every step; the rest of the
+step's token budget goes to prompts, in order of arrival, in chunks. So streams never wait for a
+long prompt, a prompt always moves, and nobody is overtaken.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from llama_runtime.contract import CHUNK_MULTIPLE, MIN_CHUNK, last_chunk_start
+from llama_runtime.kv_cache import SlotCache
+from llama_runtime.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next tokens of one sequence.
+
+    Attributes:
+        seq: a running sequence.
+        num_tokens: how many of its tokens, from ``seq.cache_len`` on, run in this step.
+    """
+
+    seq: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk ends at the newest token, so that the next one is drawn from it."""
+        return self.seq.cache_len + self.num_tokens == self.seq.num_tokens
+
+
+class Scheduler:
+    """Waiting -> running, and a token budget a step.
+
+    Args:
+        cache: the slots that running sequences hold.
+        token_budget: the most packed tokens of one step; at least ``cache.num_slots`` plus 33, so
+            that a prompt always moves beside a full batch of decoding sequences.
+        max_chunk: the most tokens of one prompt in one step, at least 33.
+        refill: whether a freed slot is given away before all others are free too; False gives
+            the fixed batches that continuous batching is measured against.
+    """
+
+    def __init__(
+        self, cache: SlotCache, *, token_budget: int, max_chunk: int, refill: bool = True
+    ) -> None:
+        if max_chunk < MIN_CHUNK:
+            raise ValueError(f"max_chunk must be at least {MIN_CHUNK}, not {max_chunk}")
+        if token_budget < cache.num_slots + MIN_CHUNK:
+            raise ValueError(
+                f"token_budget must be at least {cache.num_slots + MIN_CHUNK} for "
+                f"{cache.num_slots} slots, not {token_budget}"
+            )
+        self.cache = cache
+        self.token_budget = token_budget
+        self.max_chunk = max_chunk
+        self.refill = refill
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of admission
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence."""
+        self.waiting.append(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        """Forget a sequence that ended, wherever it is, and free its slot."""
+        if seq.slot is None:
+            self.waiting.remove(seq)
+        else:
+            self.running.remove(seq)
+            self.cache.free(seq)
+
+    def schedule(self) -> list[Chunk]:
+        """The chunks of the next step; empty only if nothing runs or waits."""
+        self._admit()
+        chunks = [Chunk(seq, 1) for seq in self.running if not seq.in_prompt]
+        budget = self.token_budget - len(chunks)
+        for seq in self.running:
+            if seq.in_prompt:
+                num_tokens = next_chunk(
+                    seq.cache_len, seq.num_prompt_tokens, min(budget, self.max_chunk)
+                )
+                if num_tokens == 0:
+                    break  # a later prompt must not overtake this one
+                chunks.append(Chunk(seq, num_tokens))
+                budget -= num_tokens
+        return chunks
+
+    def _admit(self) -> None:
+        if not self.refill and self.running:
+            return
+        while self.waiting and self.cache.num_free:
+            seq = self.waiting.popleft()
+            self.cache.allocate(seq)
+            self.running.append(seq)
+
+
+def next_chunk(cache_len: int, num_prompt_tokens: int, limit: int) -> int:
+    """How many prompt tokens run next, so that the schedule never shows in the logits.
+
+    The last chunk starts at ``last_chunk_start`` and runs whole; earlier ones end at multiples of
+    32 up to there.
+
+    Args:
+        cache_len: prompt tokens in the cache, at a border of a chunk.
+        num_prompt_tokens: the prompt's length.
+        limit: the most tokens that fit into the step.
+
+    Returns:
+        The chunk's length, or 0 if none that is allowed fits.
+    """
+    last = last_chunk_start(num_prompt_tokens)
+    if cache_len >= last:
+        remaining = num_prompt_tokens - cache_len
+        return remaining if remaining <= limit else 0
+    return min(last - cache_len, limit // CHUNK_MULTIPLE * CHUNK_MULTIPLE)

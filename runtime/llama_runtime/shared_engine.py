@@ -1,0 +1,117 @@
+"""One engine for several threads: calls that overlap share the batch.
+
+There is no thread of its own. Whoever waits for tokens runs the next step for everybody and
+leaves the others' events in their inboxes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+
+from llama_runtime.engine import Engine, TokenEvent
+from llama_runtime.errors import CaravanError
+from llama_runtime.params import SamplingParams
+from llama_runtime.sequence import Sequence
+
+Inbox = deque[TokenEvent]
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters since the start, and what goes on now.
+
+    Attributes:
+        prompt_tokens: tokens of the prompts that were accepted.
+        completion_tokens: tokens generated.
+        finished: sequences that ended, for whatever reason.
+        running: sequences that hold a slot.
+        waiting: sequences that wait for one.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finished: int = 0
+    running: int = 0
+    waiting: int = 0
+
+
+class SharedEngine:
+    """Adds, steps and aborts under one lock, and sorts events by who waits for them.
+
+    Args:
+        engine: used by nobody else from now on.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._inboxes: dict[int, Inbox] = {}
+        self._stats = Stats()
+        self._pid = os.getpid()
+        self.closed = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether the backend has failed, so that nothing can run any more."""
+        return self._engine.failure is not None
+
+    def add(self, prompt_token_ids: Seq[int], params: SamplingParams, inbox: Inbox) -> Sequence:
+        """Queue a prompt whose events go to ``inbox``; see ``Engine.add``.
+
+        Raises:
+            CaravanError: this was closed, or the process is a fork of the one that loaded it.
+        """
+        self._check_usable()
+        with self._lock:
+            seq = self._engine.add(prompt_token_ids, params)
+            self._inboxes[seq.id] = inbox
+            self._stats.prompt_tokens += seq.num_prompt_tokens
+            return seq
+
+    def wait(self, inbox: Inbox) -> None:
+        """Step until there is an event in ``inbox``, which is that of a sequence in flight."""
+        while not inbox:
+            self._check_usable()
+            with self._lock:
+                if not inbox and not self.closed:
+                    self._step()
+
+    def drop(self, seq: Sequence) -> None:
+        """Abort a sequence that nobody waits for any more; one that ended is left alone."""
+        with self._lock:
+            if self._inboxes.pop(seq.id, None) is not None and not self.closed:
+                self._engine.abort(seq.id)
+                self._stats.finished += 1
+
+    def stats(self) -> Stats:
+        """A copy of the counters."""
+        with self._lock:
+            running, waiting = self._engine.num_running, self._engine.num_waiting
+            return replace(self._stats, running=running, waiting=waiting)
+
+    def close(self) -> None:
+        """Abort what is in flight and close the engine; a second call does nothing."""
+        with self._lock:
+            if not self.closed:
+                self.closed = True
+                self._inboxes.clear()
+                self._engine.close()
+
+    def _step(self) -> None:
+        for event in self._engine.step():
+            self._inboxes[event.sequence_id].append(event)
+            if event.token_id is not None:
+                self._stats.completion_tokens += 1
+            if event.finish_reason is not None:
+                del self._inboxes[event.sequence_id]
+                self._stats.finished += 1
+
+    def _check_usable(self) -> None:
+        if self.closed:
+            raise CaravanError("the LLM is closed")
+        if os.getpid() != self._pid:
+            raise CaravanError("an LLM can't be used after fork: load it in the child process")

@@ -1,0 +1,24 @@
+"""When a sequence ends."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from llama_runtime.sequence import FinishReason, Sequence
+
+
+def finish_reason(seq: Sequence, eos_token_ids: Collection[int]) -> FinishReason | None:
+    """Why the sequence ends with its newest token, or None if it goes on.
+
+    Args:
+        seq: with at least one completion token.
+        eos_token_ids: every end token of the model (Llama 3 has several).
+    """
+    newest = seq.token_ids[-1]
+    if newest in seq.params.stop_token_ids:
+        return "stop"
+    if newest in eos_token_ids and not seq.params.ignore_eos:
+        return "stop"
+    if seq.num_completion_tokens >= seq.params.max_tokens:
+        return "length"
+    return None

@@ -1,0 +1,119 @@
+"""Text to token ids and back, over a bundle's ``tokenizer.json``.
+
+A prompt comes in one of two forms. Raw text gets the opening tokens that the tokenizer prescribes
+(BOS, for most Llamas), once: a prompt that already opens with their text doesn't get them twice.
+The output of a chat template gets none, because templates write their own. In both, the text of a
+special token becomes that token.
+
+The ``tokenizers`` package is imported when the first tokenizer is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama_runtime.errors import BundleError, RequestError
+from llama_runtime.token_bytes import TokenBytes
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+class Tokenizer:
+    """The tokenizer of one model; safe to share between threads.
+
+    Args:
+        path: a ``tokenizer.json``.
+
+    Raises:
+        BundleError: if the file is missing or isn't a tokenizer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            self._backend = Backend.from_file(str(path))
+        except Exception as error:  # `tokenizers` raises nothing more exact
+            raise BundleError(f"{path} can't be read as a tokenizer: {error}") from error
+        # A tokenizer saved by a training script may cut or pad every text that it encodes.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a raw prompt.
+
+        Raises:
+            RequestError: if the text holds a lone surrogate.
+        """
+        _check_text(text, "prompt", param="prompt")
+        return _without_second_opening(self._backend.encode(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of many raw prompts, on all cores.
+
+        Raises:
+            RequestError: if one of the texts holds a lone surrogate.
+        """
+        for index, text in enumerate(texts):
+            _check_text(text, f"prompt {index}", param="prompt")
+        return [_without_second_opening(one) for one in self._backend.encode_batch(list(texts))]
+
+    def encode_templated(self, text: str) -> list[int]:
+        """Token ids of what a chat template wrote.
+
+        Raises:
+            RequestError: if the text holds a lone surrogate.
+        """
+        _check_text(text, "templated conversation", param="messages")
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text that the tokens write, equal to what a `Detokenizer` streams."""
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token writes; none for special tokens and ids outside the vocabulary."""
+        return self.byte_table.bytes_of(token_id)
+
+    @cached_property
+    def byte_table(self) -> TokenBytes:
+        """The bytes of every token, as a `Detokenizer` takes them.
+
+        Raises:
+            BundleError: if the tokenizer has a decoder that Caravan doesn't know.
+        """
+        return TokenBytes(self._backend)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest token id; the model's own V may be padded beyond it."""
+        return len(self.byte_table)
+
+
+def _check_text(text: str, name: str, *, param: str) -> None:
+    if not isinstance(text, str):
+        raise RequestError(f"the {name} must be text, not {type(text).__name__}", param=param)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the {name} holds a lone surrogate, U+{ord(text[error.start]):04X}, at character "
+            f"{error.start}: it can't be written as UTF-8, so remove it",
+            param=param,
+        ) from error
+
+
+def _without_second_opening(encoding: tokenizers.Encoding) -> list[int]:
+    """The ids, without the opening tokens that were put before the same ones in the text.
+
+    The mask is 1 where the tokenizer's post-processor put a token and 0 for all that was text.
+    """
+    token_ids, mask = encoding.ids, encoding.special_tokens_mask
+    added = mask.index(0) if 0 in mask else 0
+    if added and token_ids[added : 2 * added] == token_ids[:added]:
+        return token_ids[added:]
+    return token_ids
