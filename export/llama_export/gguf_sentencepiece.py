@@ -68,14 +68,14 @@ def _check_bytes(fields: Fields, vocabulary: GgufVocabulary) -> None:
 def _rank_merges(vocabulary: GgufVocabulary, scores: list[float]) -> list[tuple[str, str]]:
     """Every way to join two tokens into a third, best score of the third first.
 
-    Of several ways to the same token the one with the longer left part comes first: in a run of
-    one character, which is joined from the left, it stands further left.
+    Different tokens have different scores in a trained vocabulary. Of equals llama.cpp would take
+    whichever stands further left in the text, which no order of merges can say.
     """
     merges = [
-        (scores[token_id], cut, (text[:cut], text[cut:]))
+        (scores[token_id], (text[:cut], text[cut:]))
         for token_id, text in enumerate(vocabulary.texts)
         for cut in range(1, len(text))
         if text[:cut] in vocabulary.ids and text[cut:] in vocabulary.ids
     ]
-    merges.sort(key=lambda merge: merge[:2], reverse=True)
-    return [pair for _, _, pair in merges]
+    merges.sort(key=lambda merge: merge[0], reverse=True)
+    return [pair for _, pair in merges]

@@ -15,14 +15,14 @@ from llama_export.gguf_sentencepiece import sentencepiece_stages
 from llama_export.gguf_vocabulary import GgufVocabulary, TokenKind, read_vocabulary
 from llama_export.source_tokenizer import SPECIAL_TOKENS, SourceTokenizer, parse_tokenizer
 
-# GGUF key -> name in generation_config.json
+# GGUF key -> name in generation_config.json, of 32-bit floats
 SAMPLING_KEYS = {
     "general.sampling.temp": "temperature",
-    "general.sampling.top_k": "top_k",
     "general.sampling.top_p": "top_p",
     "general.sampling.min_p": "min_p",
     "general.sampling.penalty_repeat": "repetition_penalty",
 }
+FLOAT32_DIGITS = 6  # what was 0.6 reads as 0.6000000238
 
 
 def read_gguf_tokenizer(metadata: Mapping[str, object]) -> SourceTokenizer:
@@ -85,7 +85,7 @@ def _require(vocabulary: GgufVocabulary, role: str, fields: Fields) -> int:
     token_id = vocabulary.roles.get(role)
     if token_id is None:
         raise ExportError(
-            f"{fields.source} asks for a {role.upper()} token in every prompt but has no valid "
+            f"{fields.source} wants {role.upper()} in every prompt but has no valid "
             f"tokenizer.ggml.{role}_token_id: convert the model again"
         )
     return token_id
@@ -148,11 +148,14 @@ def _build_generation_config(fields: Fields, vocabulary: GgufVocabulary) -> dict
     if "bos" in vocabulary.roles:
         config["bos_token_id"] = vocabulary.roles["bos"]
     config["eos_token_id"] = list(vocabulary.end_ids)
-    sampling = {
-        name: value
+    sampling: dict[str, object] = {
+        name: round(value, FLOAT32_DIGITS)
         for key, name in SAMPLING_KEYS.items()
         if (value := fields.maybe_real(key)) is not None
     }
+    top_k = fields.maybe_whole("general.sampling.top_k")
+    if top_k is not None:
+        sampling["top_k"] = top_k
     if sampling:
         config |= {"do_sample": True, **sampling}
     return config

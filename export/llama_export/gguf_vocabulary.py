@@ -22,6 +22,7 @@ Element = TypeVar("Element")
 class TokenKind(enum.IntEnum):
     """The values of ``tokenizer.ggml.token_type``."""
 
+    UNDEFINED = 0
     NORMAL = 1
     UNKNOWN = 2
     CONTROL = 3
@@ -129,12 +130,21 @@ def read_vocabulary(
             f"tokenizer.ggml.tokens in {fields.source} has {quoted(twice)} more than once: "
             "convert the model again"
         )
-    kinds = _read_kinds(fields, len(texts))
-    for text in _control_texts(fields):
-        if text in ids:
-            kinds[ids[text]] = TokenKind.CONTROL
     roles = dict(_read_roles(fields, default_roles or {}, len(texts)))
-    return GgufVocabulary(texts, tuple(kinds), ids, roles, tuple(_find_end_ids(fields, ids, roles)))
+    fill_ids, fill_end_ids = _find_fill_tokens(fields, ids)
+    end_ids = {ids[text] for text in END_TEXTS if text in ids}
+    kinds = _read_kinds(fields, len(texts))
+    for token_id in fill_ids | end_ids:
+        kinds[token_id] = TokenKind.CONTROL
+    named = (roles.get("eos"), *(_read_id(fields, name, len(ids)) for name in ("eot", "eom")))
+    first = [token_id for token_id in named if token_id is not None]
+    return GgufVocabulary(
+        texts,
+        tuple(kinds),
+        ids,
+        roles,
+        tuple(dict.fromkeys([*first, *sorted(end_ids | fill_end_ids)])),
+    )
 
 
 def read_list(
@@ -160,7 +170,9 @@ def read_list(
 
 def _read_texts(fields: Fields) -> tuple[str, ...]:
     """An empty text is spelled as llama.cpp spells it; no text is ever split into it."""
-    texts = read_list(fields, "tokenizer.ggml.tokens", str, length=1)
+    texts = read_list(fields, "tokenizer.ggml.tokens", str)
+    if not texts:
+        raise ExportError(f"tokenizer.ggml.tokens in {fields.source} is empty")
     return tuple(text or f"[EMPTY_{token_id}]" for token_id, text in enumerate(texts))
 
 
@@ -169,18 +181,13 @@ def _read_kinds(fields: Fields, size: int) -> list[TokenKind]:
     if fields.get(key) is None:
         return [TokenKind.NORMAL] * size
     kinds = read_list(fields, key, int, length=size)[:size]
-    try:
-        return [TokenKind(kind) for kind in kinds]
-    except ValueError as error:
-        raise ExportError(f"{key} in {fields.source}: {error}") from error
-
-
-def _control_texts(fields: Fields) -> Iterator[str]:
-    """The texts that make a token a control token, whatever the metadata call it."""
-    yield from END_TEXTS
-    for token in _FILL_TOKENS:
-        if all(fields.get(_id_key(name)) is None for name in token.keys):
-            yield from token.texts
+    unknown = set(kinds) - set(TokenKind)
+    if unknown:
+        raise ExportError(
+            f"{key} in {fields.source} has {quoted(sorted(unknown))}; supported are 0 to "
+            f"{max(TokenKind)}"
+        )
+    return [TokenKind(kind) for kind in kinds]
 
 
 def _read_roles(
@@ -194,18 +201,19 @@ def _read_roles(
             yield role, token_id
 
 
-def _find_end_ids(fields: Fields, ids: Mapping[str, int], roles: Mapping[str, int]) -> list[int]:
-    """By role, by key and by text; the end of the text first."""
-    by_key = [_read_id(fields, name, len(ids)) for name in ("eot", "eom")]
-    by_text = [ids.get(text) for text in END_TEXTS]
+def _find_fill_tokens(fields: Fields, ids: Mapping[str, int]) -> tuple[set[int], set[int]]:
+    """Those known only by their text, which must be made control tokens; those that end a text."""
+    by_text: set[int] = set()
+    ends: set[int] = set()
     for token in _FILL_TOKENS:
+        keyed = {_read_id(fields, name, len(ids)) for name in token.keys}
+        found = {token_id for token_id in keyed if token_id is not None}
+        if not found:
+            found = {ids[text] for text in token.texts if text in ids}
+            by_text |= found
         if token.ends:
-            named = [_read_id(fields, name, len(ids)) for name in token.keys]
-            by_key += named
-            if named == [None] * len(named):
-                by_text += [ids.get(text) for text in token.texts]
-    found = [roles.get("eos"), *by_key, *by_text]
-    return list(dict.fromkeys(token_id for token_id in found if token_id is not None))
+            ends |= found
+    return by_text, ends
 
 
 def _read_id(fields: Fields, name: str, size: int) -> int | None:

@@ -17,7 +17,7 @@ import torch
 from llama_decoder.decoder import LlamaDecoder
 from llama_export.errors import ExportError
 from llama_runtime.backends.base import Backend
-from llama_runtime.backends.ort_cpu import OrtCpu
+from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.bundle import Bundle
 from llama_runtime.contract import SLOTS, cache_capacity
 from llama_runtime.engine import Engine
@@ -91,13 +91,8 @@ def verify(
     geometry = bundle.manifest.geometry
     longest = min(geometry.max_positions, max(PROMPT_LENGTHS) + max(COMPLETION_LENGTHS))
     capacity = cache_capacity(longest, MAX_CHUNK)
-    graph = OrtCpu(
-        bundle.graph_path(SLOTS.name),
-        geometry,
-        num_slots=NUM_SLOTS,
-        capacity=capacity,
-        threads=default_threads(),
-    )
+    session = open_session(bundle.graph_path(SLOTS.name), default_threads())
+    graph = OrtCpu(session, geometry, num_slots=NUM_SLOTS, capacity=capacity)
     compared = ComparedBackend(graph, decoder, NUM_SLOTS, capacity)
     engine = Engine(
         compared,

@@ -17,129 +17,11 @@ from llama_decoder.errors import CheckpointError
 from llama_decoder.shapes import SHAPES
 from llama_decoder.tiny import tiny_config, write_huggingface
 
-LLAMA3_SCALING = {
-    "factor": 8.0,
-    "high_freq_factor": 4.0,
-    "low_freq_factor": 1.0,
-    "original_max_position_embeddings": 8192,
-    "rope_type": "llama3",
-}
-# As published, less what no Llama reads.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "SmolLM2-135M": {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 0,
-        "hidden_act": "silu",
-        "hidden_size": 576,
-        "initializer_range": 0.041666666666666664,
-        "intermediate_size": 1536,
-        "is_llama_config": True,
-        "max_position_embeddings": 8192,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": 9,
-        "num_hidden_layers": 30,
-        "num_key_value_heads": 3,
-        "pretraining_tp": 1,
-        "rms_norm_eps": 1e-05,
-        "rope_interleaved": False,
-        "rope_scaling": None,
-        "rope_theta": 100000,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.40.1",
-        "use_cache": True,
-        "vocab_size": 49152,
-    },
-    "TinyLlama-1.1B": {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_act": "silu",
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "max_position_embeddings": 2048,
-        "model_type": "llama",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 22,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": None,
-        "tie_word_embeddings": False,
-        "vocab_size": 32000,
-    },
-    "Llama-2-7B": {
-        "_name_or_path": "meta-llama/Llama-2-7b-hf",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "max_position_embeddings": 4096,
-        "model_type": "llama",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 32,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": None,
-        "tie_word_embeddings": False,
-        "vocab_size": 32000,
-    },
-    "Llama-3.1-8B": {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "eos_token_id": [128001, 128008, 128009],
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 131072,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": LLAMA3_SCALING,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-        "vocab_size": 128256,
-    },
-    "Llama-3.2-1B": {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "head_dim": 64,
-        "hidden_act": "silu",
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "max_position_embeddings": 131072,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 16,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": {**LLAMA3_SCALING, "factor": 32.0},
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": True,
-        "vocab_size": 128256,
-    },
-    "Llama-3.2-3B": {
-        "architectures": ["LlamaForCausalLM"],
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "max_position_embeddings": 131072,
-        "model_type": "llama",
-        "num_attention_heads": 24,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": {**LLAMA3_SCALING, "factor": 32.0},
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": True,
-        "vocab_size": 128256,
-    },
-}
+# The config.json of each, as published, less what no Llama reads.
+PUBLISHED: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "published_configs.json").read_text()
+)
+LLAMA3_SCALING: dict[str, Any] = PUBLISHED["Llama-3.1-8B"]["rope_scaling"]
 SMALLEST: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 512,
@@ -206,6 +88,13 @@ def test_llama3_scaling_without_an_original_length_takes_the_longest_as_transfor
     scaling = LlamaConfig.from_huggingface({**SMALLEST, "rope_scaling": rope}).rope_scaling
     assert scaling is not None
     assert scaling.original_max_positions == 2048
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_transformers_saves_is_read(name: str, tmp_path: Path) -> None:
+    transformers.LlamaConfig(**PUBLISHED[name]).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert LlamaConfig.from_huggingface(saved) == SHAPES[name]
 
 
 def test_an_explicit_head_dim_is_kept() -> None:

@@ -100,7 +100,7 @@ def test_faults_are_listed_all_at_once() -> None:
 
 def test_a_long_list_of_faults_is_cut() -> None:
     config = tiny_config(num_layers=1000)
-    with pytest.raises(CheckpointError, match="9003 missing .* and 8995 more") as refusal:
+    with pytest.raises(CheckpointError, match=r"9003 missing .* and 8995 more") as refusal:
         check_tensors(parameters(config, "safetensors"), {}, harmless=set())
     assert len(str(refusal.value)) < 1000
 

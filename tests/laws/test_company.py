@@ -1,0 +1,157 @@
+"""Company changes nothing: a sequence's logits are the same bits alone and in any schedule.
+
+On the exported real model, each request of a pool first runs alone: one slot, nobody else. Then
+random schedules mix the requests: order of arrival, slots, token budget, longest chunk, neighbours,
+aborts. Every row of logits and every token must be what it was alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from llama_runtime.backends.ort_cpu import OrtCpu, open_session
+from llama_runtime.bundle import Bundle, open_bundle
+from llama_runtime.contract import SLOTS, cache_capacity
+from llama_runtime.engine import Engine
+from llama_runtime.params import SamplingParams
+from llama_runtime.step_batch import Step
+from llama_runtime.tokenizer import Tokenizer
+
+NUM_SCHEDULES = 200
+THREADS = (1, 2, 4)
+MAX_LEN = 224
+# 40 % of the prompts are over 96 tokens; borders of chunks and query tiles are among the lengths.
+PROMPT_LENGTHS = (1, 2, 7, 31, 32, 33, 34, 48, 64, 65, 66, 97, 98, 100, 129, 130, 150, 162)
+MAX_TOKENS = 7
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: list[int]
+    params: SamplingParams
+
+
+@dataclass
+class Trace:
+    """What happened to one sequence: a digest of each row of logits, and its tokens."""
+
+    rows: list[bytes]
+    token_ids: list[int]
+
+
+class Recorded:
+    """A backend that keeps a digest of every row of logits that is sampled."""
+
+    def __init__(self, backend: OrtCpu) -> None:
+        self._backend = backend
+        self.rows: dict[int, list[bytes]] = {}
+
+    def run(self, step: Step) -> npt.NDArray[np.float32]:
+        logits = self._backend.run(step)
+        sampled = [chunk.seq.id for chunk in step.chunks if chunk.samples]
+        for sequence_id, row in zip(sampled, logits, strict=False):
+            digest = blake2b(row.tobytes(), digest_size=16).digest()
+            self.rows.setdefault(sequence_id, []).append(digest)
+        return logits
+
+    def close(self) -> None:
+        self._backend.close()
+
+
+def pool(vocab_size: int) -> list[Request]:
+    choose = random.Random(0)
+    requests = []
+    for i, length in enumerate(PROMPT_LENGTHS):
+        temperature = (0.0, 0.8, 1.3)[i % 3]
+        params = SamplingParams(
+            max_tokens=MAX_TOKENS, temperature=temperature, top_p=0.95, seed=i, ignore_eos=True
+        )
+        requests.append(Request([choose.randrange(vocab_size) for _ in range(length)], params))
+    return requests
+
+
+class Runner:
+    """Runs requests through one session, with any number of slots."""
+
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        self.geometry = bundle.manifest.geometry
+        self._session: Any = open_session(bundle.graph_path(SLOTS.name), threads)
+        self._token_bytes = Tokenizer(bundle.tokenizer_path).byte_table
+
+    def run(
+        self, requests: list[Request], slots: int, budget: int, chunk: int, choose: random.Random
+    ) -> tuple[list[Trace], int]:
+        """The trace of each request, and how many were aborted on the way."""
+        capacity = cache_capacity(MAX_LEN, chunk)
+        recorded = Recorded(
+            OrtCpu(self._session, self.geometry, num_slots=slots, capacity=capacity)
+        )
+        engine = Engine(
+            recorded,
+            self._token_bytes,
+            (),
+            vocab_size=self.geometry.vocab_size,
+            max_batch=slots,
+            max_len=MAX_LEN,
+            token_budget=slots + budget,
+            max_chunk=chunk,
+        )
+        waiting = list(requests)
+        sequences, num_aborted = [], 0
+        while waiting or engine.has_work:
+            arrivals = choose.choice([0, 1, 1, 2, len(waiting)]) if engine.has_work else 1
+            for request in waiting[:arrivals]:
+                sequences.append(engine.add(request.prompt, request.params))
+            del waiting[:arrivals]
+            engine.step()
+            alive = [seq.id for seq in sequences if seq.finish_reason is None]
+            if len(requests) > 1 and alive and choose.random() < 0.03:
+                engine.abort(choose.choice(alive))
+                num_aborted += 1
+        assert engine.failure is None
+        engine.check()
+        traces = [Trace(recorded.rows.get(s.id, []), s.completion_token_ids) for s in sequences]
+        return traces, num_aborted
+
+
+@pytest.fixture(scope="module", params=THREADS, ids=lambda n: f"{n} threads")
+def runner(request: pytest.FixtureRequest, real_bundle: Path) -> Iterator[Runner]:
+    yield Runner(open_bundle(real_bundle, verify="size"), request.param)
+
+
+def test_schedule_never_shows(runner: Runner) -> None:
+    """200 schedules over the three thread counts; an aborted sequence's rows count too."""
+    requests = pool(runner.geometry.vocab_size)
+    alone = []
+    for request in requests:
+        (trace,), _ = runner.run([request], 1, 33, 33, random.Random(0))
+        assert len(trace.rows) == MAX_TOKENS
+        alone.append(trace)
+    num_schedules = NUM_SCHEDULES // len(THREADS) + 1
+    with_abort = with_split = 0
+    for seed in range(num_schedules):
+        choose = random.Random(seed)
+        members = choose.sample(range(len(requests)), choose.randint(2, 7))
+        slots, chunk = choose.randint(1, 6), choose.choice([33, 64, 100, 160])
+        budget = choose.choice([33, 64, 128, 256])
+        traces, num_aborted = runner.run(
+            [requests[i] for i in members], slots, budget, chunk, choose
+        )
+        with_abort += num_aborted > 0
+        longest = min(chunk, budget)
+        with_split += any(96 < len(requests[i].prompt) > longest for i in members)
+        for i, trace in zip(members, traces, strict=True):
+            where = f"schedule {seed}, prompt of {len(requests[i].prompt)} tokens"
+            assert trace.rows == alone[i].rows[: len(trace.rows)], where
+            assert trace.token_ids == alone[i].token_ids[: len(trace.token_ids)], where
+    assert with_abort >= 0.2 * num_schedules
+    assert with_split >= 0.2 * num_schedules

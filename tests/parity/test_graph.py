@@ -1,0 +1,114 @@
+"""The exported graph computes what the eager decoder computes, on any mix of rows."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama_decoder.attention import slots_attention
+from llama_decoder.config import RopeScaling
+from llama_decoder.decoder import LlamaDecoder, build_decoder, rope_buffers
+from llama_decoder.tiny import random_weights, tiny_config
+from llama_export.trace import save_graph, trace_decoder
+from llama_export.verify import ComparedBackend
+from llama_export.weight_file import read_weights, weight_regions, write_weights
+from llama_runtime.backends.ort_cpu import OrtCpu, open_session
+from llama_runtime.contract import SLOTS, cache_capacity
+from llama_runtime.kv_cache import SlotCache
+from llama_runtime.params import SamplingParams
+from llama_runtime.scheduler import Scheduler
+from llama_runtime.sequence import Sequence
+from llama_runtime.step_batch import StepBatch
+
+LLAMA3 = RopeScaling(
+    kind="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_positions=32,
+)
+SHAPES: dict[str, dict[str, Any]] = {
+    "2 query heads a KV head, D 32, explicit head_dim": {},
+    "1 query head a KV head, D 80, tied, linear": {
+        "num_heads": 2,
+        "num_kv_heads": 2,
+        "head_dim": 80,
+        "tie_embeddings": True,
+        "rope_scaling": RopeScaling(kind="linear", factor=4.0),
+    },
+    "8 query heads a KV head, D 64, llama3": {
+        "num_heads": 8,
+        "num_kv_heads": 1,
+        "head_dim": 64,
+        "rope_scaling": LLAMA3,
+    },
+}
+TOLERANCE = 1e-4
+NUM_SLOTS, MAX_LEN = 5, 200
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, LlamaDecoder]:
+    """A graph on disk, and the eager decoder over the same weights."""
+    directory = tmp_path_factory.mktemp("graph")
+    config = tiny_config(**SHAPES[request.param])
+    weights = {n: torch.from_numpy(w) for n, w in random_weights(config, seed=2).items()}
+    weights |= dict(rope_buffers(config))
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    arrays = ((name, tensor.numpy()) for name, tensor in weights.items())
+    list(write_weights(directory / "model.safetensors", shapes, arrays))
+    stored = list(read_weights(directory / "model.safetensors"))
+    graph = trace_decoder(build_decoder(config, stored, slots_attention), SLOTS)
+    save_graph(graph, directory / "decoder.onnx", "model.safetensors", weight_regions(shapes))
+    return directory / "decoder.onnx", build_decoder(config, weights.items())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_graph_computes_what_the_decoder_computes_on_ragged_mixes(
+    exported: tuple[Path, LlamaDecoder], seed: int
+) -> None:
+    """Whole prompts, chunks of every size that a budget makes, decode steps and idle slots."""
+    graph, decoder = exported
+    choose = random.Random(seed)
+    max_chunk = choose.choice([33, 64, 96, 160])
+    capacity = cache_capacity(MAX_LEN, max_chunk)
+    backend = ComparedBackend(
+        OrtCpu(
+            open_session(graph, threads=2),
+            decoder.config.geometry,
+            num_slots=NUM_SLOTS,
+            capacity=capacity,
+        ),
+        decoder,
+        NUM_SLOTS,
+        capacity,
+    )
+    cache = SlotCache(NUM_SLOTS, MAX_LEN)
+    budget = NUM_SLOTS + choose.choice([33, 100, 300])
+    scheduler = Scheduler(cache, token_budget=budget, max_chunk=max_chunk)
+    batch = StepBatch(NUM_SLOTS, budget, max_chunk)
+    for i in range(12):
+        length = choose.choice([1, 2, 3, 33, 34, 65, choose.randint(1, 170)])
+        prompt = [choose.randrange(decoder.config.vocab_size) for _ in range(length)]
+        params = SamplingParams(max_tokens=choose.randint(1, 20))
+        scheduler.add(Sequence(i, prompt, length, params, 0, None))  # type: ignore[arg-type]
+    with torch.no_grad():
+        while chunks := scheduler.schedule():
+            logits = backend.run(batch.build(chunks))
+            sampled = [chunk.seq for chunk in chunks if chunk.samples]
+            for chunk in chunks:
+                chunk.seq.cache_len += chunk.num_tokens
+            for seq, row in zip(sampled, logits, strict=False):
+                seq.token_ids.append(int(row.argmax()))
+                aborted = choose.random() < 0.05
+                if aborted or seq.num_completion_tokens == seq.params.max_tokens:
+                    scheduler.remove(seq)
+    result = backend.result()
+    assert result.rows > 30
+    assert result.max_logit_difference <= TOLERANCE
