@@ -1,10 +1,10 @@
 """Turn a conversation into a prompt with the model's own chat template.
 
 Chat templates are Jinja, written by whoever made the model, and the reference that renders them is
-``transformers``. Here ``minijinja`` does, with the same settings, filters and variables: it reaches
-no Python object and a fuel limit ends a template that loops or grows without bound. Two things are
-outside that limit, so a template made to harm can still cost seconds and memory: nested lists
-handed to ``tojson``, and the widths of ``str.format``.
+``transformers``. Here ``minijinja`` does, with the same settings, filters and variables. A template
+sees read-only copies of the messages and nothing else of Python, and a fuel limit ends one that
+loops or grows without bound. Two things are outside that limit, so a template made to harm can
+still cost seconds and memory: nested lists handed to ``tojson``, and the widths of ``str.format``.
 
 One difference from the reference is known: ``trim`` and ``strip`` leave U+001C to U+001F alone,
 which Python counts as white space.
@@ -15,14 +15,15 @@ which Python counts as white space.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from llama_runtime.errors import BundleError, RequestError
 
-# Fuel is spent on each instruction and on the text it makes: about 30 units a message and one for
-# 15 characters of it. This is a conversation of 7 million characters, or 40 ms of a template bomb.
+# Fuel pays for each instruction and for the text it makes. In published templates a message costs
+# 25 to 45 units and one unit writes 10 to 20 characters: this is room for 10,000 messages or
+# 5 million characters, and stops a template bomb within 0.1 s.
 FUEL = 500_000
 
 
@@ -96,7 +97,7 @@ class ChatTemplate:
             problem = f"the chat template can't render these messages: {error.message}"
             if error.kind == "OutOfFuel":
                 problem = f"the chat template needs more than {FUEL} steps: shorten the messages"
-        except (TypeError, ValueError) as error:  # a filter was called with what it can't take
+        except Exception as error:  # a method or filter was called with what it can't take
             problem = f"the chat template can't render these messages: {error}"
         raise RequestError(problem, param="messages")
 
@@ -127,12 +128,68 @@ def _check_messages(messages: object) -> None:
                 )
 
 
+class _List(Sequence[object]):
+    """A list that a template can't change: ``append`` and ``extend`` would cost no fuel."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: list[object]) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._values[index]
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+
+class _Map(Mapping[str, object]):
+    """A dictionary that a template can't change."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: dict[str, object]) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __getitem__(self, key: str) -> object:
+        return self._values[key]
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+
+def _read_only(value: object) -> object:
+    if isinstance(value, dict):
+        return _Map({key: _read_only(item) for key, item in value.items()})
+    if isinstance(value, list):
+        return _List([_read_only(item) for item in value])
+    return value
+
+
+def _writable(value: object) -> object:
+    """What ``json`` asks for when it meets one of the above."""
+    if isinstance(value, _Map):
+        return dict(value)
+    if isinstance(value, _List):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
 def _plain(value: Sequence[Mapping[str, object]], param: str) -> object:
-    """A copy in JSON's own types, so that a template meets nothing that has methods of its own."""
+    """A read-only copy in which there is nothing but JSON values."""
     try:
         text = json.dumps([dict(item) for item in value], ensure_ascii=False, allow_nan=False)
         text.encode("utf-8")
-        return json.loads(text)
+        return _read_only(json.loads(text))
     except UnicodeEncodeError as error:
         raise RequestError(
             f"{param} holds a lone surrogate, U+{ord(text[error.start]):04X}: "
@@ -157,6 +214,7 @@ def _to_json(
         indent=indent,
         separators=separators,
         sort_keys=sort_keys,
+        default=_writable,
     )
 
 
