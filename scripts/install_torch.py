@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Install a CPU build of torch into this interpreter's environment, its size said first.
 
-usage: scripts/install_torch
+usage: scripts/install_torch.py
 
 On Linux the package index's own torch brings gigabytes of CUDA libraries, which neither building
 nor running a bundle on the CPU needs. So pip is asked what it would take; if that is no CPU

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Record the token ids that llama.cpp gives, for tests/export/test_gguf_tokenizer.py.
 
-Usage: scripts/make_token_fixture MODEL.gguf [OUTPUT]
+Usage: scripts/make_token_fixture.py MODEL.gguf [OUTPUT]
 
 MODEL is SmolLM2-135M-Instruct.Q4_1.gguf, which scripts/install fetches; OUTPUT is by default
 tests/data/llama_cpp_tokens.json.gz. Needs the packages gguf and llama-cpp-python, whose

@@ -37,10 +37,10 @@ def main() -> None:
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def build(model: Path | None, output: Path, *, force: bool, quiet: bool) -> None:
-    """Build a bundle from MODEL and verify it against MODEL.
+    r"""Build a bundle from MODEL and verify it against MODEL.
 
     MODEL is a Hugging Face directory (config.json, safetensors, tokenizer.json) or a .gguf file.
-    Without it the demo's model is taken, if scripts/fetch_model has fetched it.
+    Without it the demo's model is taken, if scripts/fetch_model.py has fetched it.
 
     \b
     Example:
@@ -70,7 +70,7 @@ def build(model: Path | None, output: Path, *, force: bool, quiet: bool) -> None
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def verify(bundle: Path, model: Path | None, *, quiet: bool) -> None:
-    """Check BUNDLE's files, and its graph against the model it was built from.
+    r"""Check BUNDLE's files, and its graph against the model it was built from.
 
     Every file is hashed, and the real runtime runs a ragged batch whose logits are compared with
     those of the decoder in PyTorch. The exit status is 1 if they differ.
@@ -98,7 +98,7 @@ def verify(bundle: Path, model: Path | None, *, quiet: bool) -> None:
 @main.command()
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 def inspect(model: Path | None) -> None:
-    """Show what MODEL is, and whether it can be built, without building it.
+    r"""Show what MODEL is, and whether it can be built, without building it.
 
     For a bundle, use llama-run inspect.
 
@@ -135,7 +135,7 @@ def _require_export_extra() -> None:
 
 
 def _demo_model() -> Path:
-    """The model of the demo, where scripts/fetch_model puts it.
+    """The model of the demo, where scripts/fetch_model.py puts it.
 
     Raises:
         ExportError: it isn't there.
@@ -144,7 +144,7 @@ def _demo_model() -> Path:
     if not path.exists():
         raise ExportError(
             f"no MODEL was given and {path} is missing: give a Hugging Face directory or a .gguf "
-            "file, or run scripts/fetch_model, which fetches a small one"
+            "file, or run scripts/fetch_model.py, which fetches a small one"
         )
     return path
 

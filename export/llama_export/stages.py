@@ -46,16 +46,16 @@ class Stages:
                 drawn = now
                 filled = BAR_CELLS * min(done, total) // total
                 bar = "█" * filled + "░" * (BAR_CELLS - filled)
-                self._write(f"\r{self._fit(f'{name:<22}{bar} {100 * done // total:3d} %')}")
+                self._write(f"\r{self._fit(f'{name:<20}{bar} {100 * done // total:3d} %')}")
 
         if self._terminal:
-            self._write(f"{name:<22}…")
+            self._write(f"{name:<20}…")
         try:
             yield advance
         except BaseException:
-            self._end_line(f"{name:<22}failed")
+            self._end_line(f"{name:<20}failed")
             raise
-        self._end_line(f"{name:<22}{time.monotonic() - start:6.1f} s")
+        self._end_line(f"{name:<20}{time.monotonic() - start:6.1f} s")
 
     def _end_line(self, line: str) -> None:
         self._write(f"\r\x1b[K{line}\n" if self._terminal else f"{line}\n")

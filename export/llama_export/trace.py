@@ -37,7 +37,7 @@ def trace_decoder(decoder: LlamaDecoder, dialect: Dialect) -> ir.Model:
     """
     config = decoder.config
     sizes = EXAMPLE | {"K": config.num_kv_heads, "D": config.head_dim}
-    axes = {letter: torch.export.Dim.DYNAMIC for letter in EXAMPLE}
+    axes = dict.fromkeys(EXAMPLE, torch.export.Dim.DYNAMIC)
     step = dialect.inputs
     cache = dialect.cache_inputs(config.num_layers)
 

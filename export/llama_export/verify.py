@@ -137,6 +137,7 @@ class ComparedBackend:
         self._difference = 0.0
 
     def run(self, step: Step) -> npt.NDArray[np.float32]:
+        """See ``Backend.run``; the logits are those of the graph."""
         logits = self._backend.run(step)
         inputs = [torch.from_numpy(getattr(step, spec.name)) for spec in SLOTS.inputs]
         expected, self._cache = self._decoder(*inputs, self._cache)
@@ -145,11 +146,10 @@ class ComparedBackend:
         return logits
 
     def close(self) -> None:
+        """See ``Backend.close``."""
         self._backend.close()
 
-    def _compare(
-        self, logits: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]
-    ) -> None:
+    def _compare(self, logits: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> None:
         if not (np.isfinite(logits).all() and np.isfinite(expected).all()):
             raise ExportError("the model gives logits that are not finite: check its weights")
         self._rows += len(logits)
@@ -160,6 +160,7 @@ class ComparedBackend:
         self._near_ties += int((~same & (best[:, 1] - best[:, 0] < NEAR_TIE)).sum())
 
     def result(self) -> Verification:
+        """What the comparison of all steps so far came to."""
         return Verification(
             rows=self._rows,
             max_logit_difference=self._difference,

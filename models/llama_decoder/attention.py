@@ -115,7 +115,7 @@ def eager_attention(
     capacity = past_key.shape[2]
 
     cells = qkv[slots.unpack].view(num_slots, width, heads + 2 * kv_heads, dim)
-    query, new_key, new_value = cells.split([heads, kv_heads, kv_heads], dim=2)
+    query, new_key, new_value = torch.split(cells, [heads, kv_heads, kv_heads], dim=2)
 
     columns = torch.arange(width)
     past = slots.seqlens_k + 1 - slots.query_seqlens  # [B]; meaningless for an inactive slot

@@ -1,6 +1,6 @@
 """The tokenizer of the real GGUF file, against llama.cpp and what Llama 3 publishes.
 
-scripts/make_token_fixture wrote tests/data/llama_cpp_tokens.json.gz and says what is in it.
+scripts/make_token_fixture.py wrote tests/data/llama_cpp_tokens.json.gz and says what is in it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ aborts. Every row of logits and every token must be what it was alone.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -109,8 +108,7 @@ class Runner:
         sequences, num_aborted = [], 0
         while waiting or engine.has_work:
             arrivals = choose.choice([0, 1, 1, 2, len(waiting)]) if engine.has_work else 1
-            for request in waiting[:arrivals]:
-                sequences.append(engine.add(request.prompt, request.params))
+            sequences += [engine.add(r.prompt, r.params) for r in waiting[:arrivals]]
             del waiting[:arrivals]
             engine.step()
             alive = [seq.id for seq in sequences if seq.finish_reason is None]
@@ -124,8 +122,8 @@ class Runner:
 
 
 @pytest.fixture(scope="module", params=THREADS, ids=lambda n: f"{n} threads")
-def runner(request: pytest.FixtureRequest, real_bundle: Path) -> Iterator[Runner]:
-    yield Runner(open_bundle(real_bundle, verify="size"), request.param)
+def runner(request: pytest.FixtureRequest, real_bundle: Path) -> Runner:
+    return Runner(open_bundle(real_bundle, verify="size"), request.param)
 
 
 def test_schedule_never_shows(runner: Runner) -> None:

@@ -7,6 +7,7 @@ one forward a prompt settles all 48 tokens.
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def prompts_and_completions(real_bundle: Path) -> list[tuple[list[int], list[int
         prompts += [llm.chat_prompt([{"role": "user", "content": q}]) for q in QUESTIONS]
         # Longer ones, over several chunks: the same texts behind others.
         prompts += [prompts[i] + prompts[-i - 1] + prompts[i // 2] for i in range(8)]
-        prompts += [sum(prompts[i + 8 : i + 12], []) for i in range(8)]
+        prompts += [[*chain(*prompts[i + 8 : i + 12])] for i in range(8)]
         assert len(prompts) == 32
         assert sum(len(prompt) > 128 for prompt in prompts) >= 4
         params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
