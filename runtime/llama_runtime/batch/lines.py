@@ -7,6 +7,8 @@ import select
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from llama_runtime.errors import RequestError
+
 MAX_LINE_BYTES = 2**24  # far beyond any context; a stream without line ends must not fill memory
 _READ_BYTES = 2**16
 
@@ -33,6 +35,9 @@ class LineReader:
 
     Args:
         file: open for reading bytes.
+
+    Raises:
+        RequestError: by whatever reads from it, if the system refuses.
     """
 
     def __init__(self, file: io.BufferedIOBase) -> None:
@@ -74,9 +79,8 @@ class LineReader:
         while (data := self._take()) is not None:
             self._number += 1
             line = _decode(self._number, data)
-            if line.problem is not None or not line.text.isspace():
-                if line.text or line.problem:
-                    return line
+            if line.problem is not None or line.text.strip():
+                return line
         return None
 
     def _take(self) -> bytes | None:
@@ -100,7 +104,11 @@ class LineReader:
         return data
 
     def _fill(self) -> None:
-        data = self._file.read1(_READ_BYTES)
+        try:
+            data = self._file.read1(_READ_BYTES)
+        except OSError as error:
+            message = f"the prompts can't be read: {error.strerror}"
+            raise RequestError(message, param="file") from error
         self._ended = not data
         self._buffer += data
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import stat
 import sys
 from collections.abc import Iterator, Mapping
@@ -44,11 +43,13 @@ class Rows:
     Args:
         lines: the file's lines.
         jsonl: whether a line is a JSON object; otherwise it is the prompt itself.
+        strict: whether a line that isn't text is an error of the whole input, not of its row.
     """
 
-    def __init__(self, lines: LineReader, *, jsonl: bool) -> None:
+    def __init__(self, lines: LineReader, *, jsonl: bool, strict: bool = False) -> None:
         self._lines = lines
         self._parse = _parse_json if jsonl else _parse_text
+        self._strict = strict
         self._count = 0
 
     def ready(self) -> bool:
@@ -59,7 +60,10 @@ class Rows:
         return self
 
     def __next__(self) -> Row:
-        row = self._parse(self._count, next(self._lines))
+        line = next(self._lines)
+        if self._strict and line.problem is not None:
+            raise _refuse(f"the prompts can't be used: {line.problem}")
+        row = self._parse(self._count, line)
         self._count += 1
         return row
 
@@ -84,9 +88,13 @@ class Source:
         if name == "-":
             return cls(None)
         path = Path(name)
-        if not path.exists():
-            raise _refuse(f"the prompts file {name} does not exist")
-        if path.is_dir():
+        try:
+            is_directory = stat.S_ISDIR(path.stat().st_mode)
+        except FileNotFoundError as error:
+            raise _refuse(f"the prompts file {name} does not exist") from error
+        except OSError as error:
+            raise _refuse(f"the prompts file {name} can't be read: {error.strerror}") from error
+        if is_directory:
             raise _refuse(f"the prompts file {name} is a directory")
         return cls(path)
 
@@ -99,12 +107,15 @@ class Source:
         return self.path is None or not stat.S_ISREG(self.path.stat().st_mode)
 
     @contextmanager
-    def open(self) -> Iterator[Rows]:
+    def open(self, *, strict: bool = False) -> Iterator[Rows]:
         """Open the rows.
 
         A name that ends in ``.txt`` holds a prompt a line, one that ends in ``.jsonl`` JSON
         objects; anything else is told by its first character that isn't white space, ``{`` for
         JSON.
+
+        Args:
+            strict: see ``Rows``; the first line has to be text in any case.
 
         Raises:
             RequestError: it can't be read, is empty, or doesn't begin with text.
@@ -112,7 +123,7 @@ class Source:
         try:
             file = self._open_bytes()
         except OSError as error:
-            raise _refuse(f"{self} can't be read: {os.strerror(error.errno or 0)}") from error
+            raise _refuse(f"{self} can't be read: {error.strerror}") from error
         try:
             lines = LineReader(file)
             first = lines.peek()
@@ -120,7 +131,7 @@ class Source:
                 raise _refuse(f"{self} is empty: it has no prompts")
             if first.problem is not None:
                 raise _refuse(f"{self} can't be used: {first.problem}")
-            yield Rows(lines, jsonl=self._is_jsonl(first))
+            yield Rows(lines, jsonl=self._is_jsonl(first), strict=strict)
         finally:
             if self.path is not None:
                 file.close()
@@ -196,13 +207,10 @@ def _prompt(given: Mapping[str, Any], line: Line) -> str | list[Any]:
     if has_text == has_messages:
         problem = "has both prompt and messages" if has_text else "has no prompt"
         raise RequestError(f"{where} {problem}: give one of prompt and messages", param="prompt")
-    if has_text:
-        key, value, valid, kind = "prompt", given["prompt"], isinstance(given["prompt"], str), "text"
-    else:
-        key, value, kind = "messages", given["messages"], "a list"
-        valid = isinstance(value, list)
-    if not valid:
-        raise RequestError(f"{where}: {key} must be {kind}, not {value!r:.80}", param=key)
+    key, kind, kind_name = ("prompt", str, "text") if has_text else ("messages", list, "a list")
+    value = given[key]
+    if not isinstance(value, kind):
+        raise RequestError(f"{where}: {key} must be {kind_name}, not {value!r:.80}", param=key)
     if _deeper_than(MAX_NESTING, value):
         raise RequestError(f"{where}: {key} is nested over {MAX_NESTING} levels deep", param=key)
     try:
@@ -211,7 +219,7 @@ def _prompt(given: Mapping[str, Any], line: Line) -> str | list[Any]:
         raise RequestError(
             f"{where}: {key} holds half of a surrogate pair, which is no character", param=key
         ) from None
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _deeper_than(levels: int, value: object) -> bool:

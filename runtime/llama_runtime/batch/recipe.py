@@ -1,0 +1,120 @@
+"""How a row becomes a request: the job's settings, and the row's own before them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llama_runtime.batch.rows import Row
+from llama_runtime.errors import CapacityError, RequestError
+from llama_runtime.llm import Request
+from llama_runtime.params import SamplingParams, fresh_seed, row_seed
+from llama_runtime.prompt_encoder import PromptEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a job asks for wherever a row doesn't say otherwise.
+
+    Attributes:
+        encoder: the bundle's tokenizer and chat template.
+        params: sampling; its seed is the job's, from which rows get theirs.
+        chat: whether a plain prompt becomes a user's message.
+    """
+
+    encoder: PromptEncoder
+    params: SamplingParams
+    chat: bool
+
+    @classmethod
+    def of_job(
+        cls,
+        encoder: PromptEncoder,
+        defaults: SamplingParams,
+        options: Mapping[str, Any],
+        chat: bool | None,
+    ) -> Recipe:
+        """The settings of a job.
+
+        Args:
+            encoder: the bundle's tokenizer and chat template.
+            defaults: the bundle's own sampling.
+            options: what the job sets instead, by the names of ``SamplingParams``.
+            chat: None for whatever the bundle allows.
+
+        Raises:
+            RequestError: an option is out of range, or ``chat`` needs a template that isn't there.
+        """
+        if chat and not encoder.has_chat_template:
+            raise RequestError(
+                f"--chat needs a chat template and {encoder.bundle.path} has none: "
+                "leave it out to give raw prompts",
+                param="chat",
+            )
+        return cls(
+            encoder,
+            replace(defaults, **options),
+            encoder.has_chat_template if chat is None else chat,
+        )
+
+    def request(self, row: Row) -> Request:
+        """The request of one row, its seed settled.
+
+        Raises:
+            RequestError: the row can't run.
+        """
+        if row.error is not None:
+            raise row.error
+        params = replace(self.params, **{"seed": self._seed(row.index), **row.options})
+        token_ids = self._encode(row.prompt)
+        limit = self.encoder.bundle.manifest.geometry.max_positions
+        if (needed := len(token_ids) + params.max_tokens) > limit:
+            raise CapacityError(
+                f"{len(token_ids)} prompt tokens and max_tokens {params.max_tokens} need {needed} "
+                f"tokens, over the model's limit {limit}: shorten the prompt or lower max_tokens",
+                param="max_tokens" if len(token_ids) < limit else "prompt",
+            )
+        return Request(token_ids, params)
+
+    def _seed(self, index: int) -> int:
+        return fresh_seed() if self.params.seed is None else row_seed(self.params.seed, index)
+
+    def _encode(self, prompt: str | list[Any] | None) -> list[int]:
+        if not prompt:
+            raise RequestError("the prompt is empty", param="prompt")
+        if isinstance(prompt, list):
+            return self.encoder.encode_chat(prompt)
+        if self.chat:
+            return self.encoder.encode_chat([{"role": "user", "content": prompt}])
+        return self.encoder.encode(prompt)
+
+
+@dataclass(slots=True)
+class Scan:
+    """What a first look at all rows finds.
+
+    Attributes:
+        rows: how many there are.
+        longest: prompt and completion tokens of the longest one that the model can take, at
+            least 1.
+    """
+
+    rows: int = 0
+    longest: int = 1
+
+    def read(self, rows: Iterable[Row], recipe: Recipe | None) -> None:
+        """Count the rows, and measure them.
+
+        Args:
+            rows: all of them; they aren't kept.
+            recipe: how they will be encoded; None leaves them unmeasured.
+        """
+        for row in rows:
+            self.rows += 1
+            if recipe is not None:
+                try:
+                    request = recipe.request(row)
+                except RequestError:
+                    continue
+                self.longest = max(self.longest, len(request.prompt) + request.params.max_tokens)

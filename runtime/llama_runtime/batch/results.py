@@ -1,0 +1,216 @@
+"""Results: one JSON object a line, whole and in order whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import BinaryIO
+
+from llama_runtime.batch.rows import Row, Source
+from llama_runtime.errors import CaravanError, RequestError
+from llama_runtime.llm import Completion
+
+
+def result_line(row: Row, completion: Completion, seed: int | None) -> bytes:
+    """One line of the output: UTF-8 JSON and a line end.
+
+    Args:
+        row: what was asked.
+        completion: what became of it.
+        seed: the random stream that was used, or would have been; None if it never got one.
+    """
+    record = {
+        "index": row.index,
+        "prompt": row.prompt,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "usage": {
+            "prompt_tokens": completion.num_prompt_tokens,
+            "completion_tokens": len(completion.token_ids),
+        },
+        "seed": seed,
+        "error": None if completion.error is None else str(completion.error),
+    }
+    return json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
+
+
+class InOrder:
+    """Passes lines on in the order of their index, each as soon as those before it are there.
+
+    Args:
+        write: takes each line.
+    """
+
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self._write = write
+        self._waiting: dict[int, bytes] = {}
+        self.written = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Lines that wait for an earlier one."""
+        return len(self._waiting)
+
+    def add(self, index: int, line: bytes) -> None:
+        """Take the line of a row, the only one with this index."""
+        self._waiting[index] = line
+        while self.written in self._waiting:
+            self._write(self._waiting[self.written])
+            del self._waiting[self.written]
+            self.written += 1
+
+
+class ResultFile:
+    """Where the lines go: a file that is opened when the first one comes, or standard output.
+
+    Args:
+        path: the file; None for standard output.
+        force: whether a file that exists is replaced.
+
+    Attributes:
+        lines: how many have been written.
+    """
+
+    def __init__(self, path: Path | None, *, force: bool) -> None:
+        self.path = path
+        self.lines = 0
+        self._force = force
+        self._file: BinaryIO | None = None
+
+    def __str__(self) -> str:
+        return "standard output" if self.path is None else str(self.path)
+
+    @classmethod
+    def for_job(cls, source: Source, output: str | None, *, force: bool) -> ResultFile:
+        """The output of a job, checked as far as it can be without touching it.
+
+        Args:
+            source: where the prompts come from.
+            output: a file name, ``-`` for standard output, or None for the default: beside a file
+                of prompts, and standard output for a stream.
+            force: whether a file that exists is replaced.
+
+        Raises:
+            RequestError: the file can't be written, is there already or is that of the prompts.
+        """
+        if output == "-" or (output is None and source.is_stream):
+            return cls(None, force=force)
+        if output is not None:
+            path = Path(output)
+        else:
+            path = (source.path or Path()).with_suffix(".results.jsonl")
+        try:
+            _check_output(path, source, force=force)
+        except OSError as error:
+            raise _refuse(f"the output {path} can't be written: {error.strerror}") from error
+        return cls(path, force=force)
+
+    def write(self, line: bytes) -> None:
+        """Write one line and hand it to the system.
+
+        A line that doesn't get through whole is taken back from a file.
+
+        Raises:
+            CaravanError: the system refuses.
+            BrokenPipeError: whoever read the output has gone.
+        """
+        with _InterruptsHeld():
+            try:
+                if self._file is None:
+                    self._file = self._open()
+                if self.path is None:
+                    _write_whole(self._file, line)
+                else:
+                    _write_or_take_back(self._file, line)
+                self.lines += 1
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise CaravanError(f"can't write to {self}: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Close the file, if there is one."""
+        if self._file is not None and self.path is not None:
+            self._file.close()
+
+    def _open(self) -> BinaryIO:
+        if self.path is None:
+            return sys.stdout.buffer
+        is_device = self.path.exists() and not self.path.is_file()
+        return self.path.open("wb" if self._force or is_device else "xb", buffering=0)
+
+
+def _check_output(path: Path, source: Source, *, force: bool) -> None:
+    if path.is_dir():
+        raise _refuse(f"the output {path} is a directory")
+    if not path.parent.is_dir():
+        raise _refuse(f"the output {path} can't be written: its folder does not exist")
+    if path.exists() and source.path is not None and path.samefile(source.path):
+        raise _refuse(f"the output {path} is the prompts file")
+    if path.is_file() and not force:
+        raise _refuse(
+            f"the output {path} exists: give --force to replace it, or --output to write elsewhere"
+        )
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise _refuse(f"the output {path} can't be written: permission denied")
+
+
+def _refuse(message: str) -> RequestError:
+    return RequestError(message, param="output")
+
+
+def _write_whole(file: BinaryIO, line: bytes) -> None:
+    rest = memoryview(line)
+    while rest:
+        rest = rest[file.write(rest) :]
+    file.flush()
+
+
+def _write_or_take_back(file: BinaryIO, line: bytes) -> None:
+    """Write a line, or remove the part of it that a full disk had room for."""
+    start = file.tell() if file.seekable() else None
+    try:
+        _write_whole(file, line)
+    except OSError:
+        if start is not None:
+            with contextlib.suppress(OSError):
+                file.truncate(start)
+        raise
+
+
+class _InterruptsHeld:
+    """Keeps Ctrl-C from tearing a line: one that comes inside is raised at the end.
+
+    A second one isn't held, in case the line never gets through. In other threads than the main
+    one, which no Ctrl-C reaches, it does nothing.
+    """
+
+    def __enter__(self) -> None:
+        self._came = False
+        self._in_main = threading.current_thread() is threading.main_thread()
+        if self._in_main:
+            self._previous = signal.signal(signal.SIGINT, self._take)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._in_main:
+            signal.signal(signal.SIGINT, self._previous)
+        if self._came and kind is None:
+            raise KeyboardInterrupt
+
+    def _take(self, _number: int, _frame: FrameType | None) -> None:
+        if self._came:
+            raise KeyboardInterrupt
+        self._came = True

@@ -1,0 +1,299 @@
+"""The ``llama-run`` command.
+
+Numpy, tokenizers and onnxruntime are imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llama_runtime import __version__
+from llama_runtime.errors import BundleError, CaravanError, DependencyError, RequestError
+from llama_runtime.progress import Console
+
+SOME_FAILED = 1
+USAGE = 2
+INTERRUPTED = 128 + 2  # as a shell reports SIGINT
+CLOSED_PIPE = 128 + 13  # as a shell reports SIGPIPE
+
+
+class _Commands(click.Group):
+    """Commands whose errors end as one sentence and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CaravanError as error:
+            click.echo(f"Error: {error}", err=True)
+            _forget_stdout()
+            wrong_use = isinstance(error, (RequestError, BundleError, DependencyError))
+            ctx.exit(USAGE if wrong_use else SOME_FAILED)
+        except BrokenPipeError:
+            _forget_stdout()
+            ctx.exit(CLOSED_PIPE)
+        except KeyboardInterrupt:
+            ctx.exit(INTERRUPTED)
+
+
+def _examples(*lines: str) -> str:
+    """The end of a help text; the first character keeps click from rewrapping the lines."""
+    return "\b\n" + "\n".join(["Examples:" if len(lines) > 1 else "Example:", *lines])
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_examples("  llama-run batch prompts.txt"),
+)
+@click.version_option(__version__, message="Caravan %(version)s (llama-run)")
+def cli() -> None:
+    """Run a Llama bundle: many prompts at once, without PyTorch.
+
+    A bundle is the directory that llama-export build writes.
+    """
+
+
+_bundle_option = click.option(
+    "--bundle",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    default=Path("bundle"),
+    show_default=True,
+    envvar="LLAMA_RUN_BUNDLE",
+    show_envvar=True,
+    help="The bundle's directory.",
+)
+
+
+def _generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how prompts are continued."""
+    options = [
+        _bundle_option,
+        click.option(
+            "--chat/--no-chat",
+            default=None,
+            help="Give each prompt as a user's message, laid out by the bundle's chat template; "
+            "or as raw text.  [default: as chat if there is a template]",
+        ),
+        click.option(
+            "--max-tokens",
+            metavar="N",
+            type=int,
+            help="The most tokens of a completion.  [default: 256]",
+        ),
+        click.option(
+            "--temperature",
+            metavar="X",
+            type=float,
+            help="0 takes the likeliest token; higher is more varied.  [default: the bundle's]",
+        ),
+        click.option(
+            "--top-p",
+            metavar="X",
+            type=float,
+            help="Sample among the likeliest tokens that together hold this probability; 1 turns "
+            "it off.  [default: the bundle's]",
+        ),
+        click.option(
+            "--top-k",
+            metavar="N",
+            type=int,
+            help="Sample among the k likeliest tokens; 0 turns it off.  [default: the bundle's]",
+        ),
+        click.option(
+            "--seed",
+            metavar="N",
+            type=int,
+            help="Draw the same random numbers again.  [default: a fresh one]",
+        ),
+        click.option(
+            "--threads",
+            metavar="N",
+            type=click.IntRange(min=1),
+            help="Threads of the kernels.  [default: the processors this process may use]",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command(
+    epilog=_examples(
+        "  llama-run batch prompts.txt",
+        "  llama-run batch questions.jsonl --max-tokens 64 --temperature 0.7 --seed 1",
+        "  cat prompts.txt | llama-run batch - --quiet > results.jsonl",
+    )
+)
+@click.argument("file")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    help="Where the results go; - is standard output.  [default: FILE with its ending replaced by "
+    ".results.jsonl; standard output for standard input]",
+)
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@_generation_options
+@click.option(
+    "--max-batch",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Prompts that run at once.",
+)
+@click.option(
+    "--max-len",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="The most tokens of a prompt and its completion; a longer row fails.  [default: that of "
+    "the longest row; for standard input the model's limit, at most 4096]",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+def batch(
+    file: str,
+    output: str | None,
+    force: bool,
+    bundle: Path,
+    chat: bool | None,
+    threads: int | None,
+    max_batch: int,
+    max_len: int | None,
+    quiet: bool,
+    **sampling: Any,
+) -> None:
+    """Complete every prompt of FILE.
+
+    FILE is a .txt with one prompt a line, or a .jsonl with one object a line: "prompt" (a text) or
+    "messages" (a list of {"role", "content"}), and if wanted max_tokens, temperature, top_p, top_k
+    and seed, which go before the options given here. "-" is standard input, in either form. Blank
+    lines are skipped and don't count.
+
+    The results are one JSON object a line, in the order of the prompts: index (from 0), prompt,
+    text, token_ids, finish_reason (stop, length or error), usage, seed, error. A row that can't
+    run says why in "error", and the others go on. A row run alone with its seed gives the same
+    text.
+
+    With --seed, each row gets a seed of its own, made from this one and the row's index.
+
+    Exit status: 0 all rows are done, 1 some failed, 2 wrong use, 130 interrupted; what is written
+    by then is whole.
+    """
+    from llama_runtime.batch.command import Settings, run
+    from llama_runtime.batch.results import ResultFile
+    from llama_runtime.batch.rows import Source
+
+    source = Source.named(file)
+    results = ResultFile.for_job(source, output, force=force)
+    settings = Settings(
+        bundle=bundle,
+        options=_given(sampling),
+        chat=chat,
+        max_batch=max_batch,
+        max_len=max_len,
+        threads=threads,
+    )
+    mixed = results.path is None and sys.stdout.isatty()
+    console = Console(sys.stderr, quiet=quiet, with_status=not mixed)
+    tally = run(source, results, settings, console)
+    if tally.failed:
+        click.get_current_context().exit(SOME_FAILED)
+
+
+@cli.command(
+    epilog=_examples(
+        '  llama-run generate "Why is the sky blue?"',
+        '  llama-run generate --no-chat "Once upon a time" --temperature 0.8',
+    )
+)
+@click.argument("prompt")
+@_generation_options
+def generate(
+    prompt: str, bundle: Path, chat: bool | None, threads: int | None, **sampling: Any
+) -> None:
+    """Complete PROMPT and show the text as it comes.
+
+    "-" reads the prompt from standard input.
+    """
+    from llama_runtime.batch.recipe import Recipe
+    from llama_runtime.batch.rows import Row
+    from llama_runtime.bundle import open_bundle
+    from llama_runtime.generation_config import default_params
+    from llama_runtime.llm import LLM
+    from llama_runtime.prompt_encoder import PromptEncoder
+
+    if prompt == "-":
+        prompt = _read_prompt()
+    encoder = PromptEncoder(open_bundle(bundle))
+    defaults = default_params(encoder.bundle.generation_config)
+    recipe = Recipe.of_job(encoder, defaults, _given(sampling), chat)
+    request = recipe.request(Row(0, prompt))
+    max_len = len(request.prompt) + request.params.max_tokens
+    with LLM(encoder, max_batch=1, max_len=max_len, threads=threads) as llm:
+        started = time.monotonic()
+        for event in llm.stream(request.prompt, request.params):
+            _print(event.text)
+        _print("\n")
+        seconds, stats = time.monotonic() - started, llm.stats()
+    if sys.stderr.isatty():
+        click.echo(
+            f"{stats.prompt_tokens} prompt and {stats.completion_tokens} completion tokens in "
+            f"{seconds:.1f} s, {stats.completion_tokens / max(seconds, 1e-9):.1f} tokens/s",
+            err=True,
+        )
+
+
+@cli.command(epilog=_examples("  llama-run inspect --bundle ./bundle"))
+@_bundle_option
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest itself.")
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Check a bundle and show what it holds."""
+    from llama_runtime.bundle import open_bundle
+    from llama_runtime.bundle_text import describe
+
+    manifest = open_bundle(bundle).manifest
+    _print(manifest.to_json() if as_json else describe(manifest))
+
+
+def main() -> None:
+    """Run the command line."""
+    cli(prog_name="llama-run")
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the user gave, so the bundle's own stay where there are none."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _read_prompt() -> str:
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        message = f"standard input is not UTF-8 text at byte {error.start + 1}"
+        raise RequestError(message, param="prompt") from error
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _print(text: str) -> None:
+    """Write to standard output, in UTF-8 whatever the terminal says, and at once."""
+    try:
+        click.echo(text.encode("utf-8"), nl=False)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CaravanError(f"can't write to standard output: {error.strerror}") from error
+
+
+def _forget_stdout() -> None:
+    """Keep the interpreter from writing at its end what could not be written before."""
+    with contextlib.suppress(OSError):  # standard output is no file while under test
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

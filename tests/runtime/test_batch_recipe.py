@@ -1,0 +1,80 @@
+"""How rows become requests: whose option counts, chat or raw, and how long the longest is."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_runtime.batch.lines import LineReader
+from llama_runtime.batch.recipe import Recipe, Scan
+from llama_runtime.batch.rows import Row, Rows
+from llama_runtime.bundle import open_bundle
+from llama_runtime.errors import CapacityError, RequestError
+from llama_runtime.params import SamplingParams
+from llama_runtime.prompt_encoder import PromptEncoder
+
+
+@pytest.fixture
+def encoder(fake_bundle: Path) -> PromptEncoder:
+    return PromptEncoder(open_bundle(fake_bundle))
+
+
+def raw_recipe(encoder: PromptEncoder) -> Recipe:
+    return Recipe.of_job(encoder, SamplingParams(max_tokens=24), {}, False)
+
+
+def rows_of(*records: dict[str, Any] | str) -> Rows:
+    lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
+    return Rows(LineReader(io.BytesIO("\n".join(lines).encode())), jsonl=True)
+
+
+def test_a_row_option_goes_before_the_job_and_that_before_the_bundle(raw_bundle: Path) -> None:
+    encoder = PromptEncoder(open_bundle(raw_bundle))
+    defaults = SamplingParams(temperature=0.5, top_k=20)
+    recipe = Recipe.of_job(encoder, defaults, {"top_k": 5, "max_tokens": 9}, None)
+    params = recipe.request(Row(0, "a", {"max_tokens": 7})).params
+    assert (params.temperature, params.top_k, params.max_tokens) == (0.5, 5, 7)
+    assert recipe.params.max_tokens == 9
+
+
+def test_prompts_are_chat_if_the_bundle_can_and_messages_always_are(
+    encoder: PromptEncoder, raw_bundle: Path
+) -> None:
+    raw = Recipe.of_job(encoder, SamplingParams(), {}, False)
+    chat = Recipe.of_job(encoder, SamplingParams(), {}, None)
+    messages = [{"role": "user", "content": "hi"}]
+    assert raw.request(Row(0, "hi")).prompt == encoder.encode("hi")
+    assert chat.request(Row(0, "hi")).prompt == encoder.encode_chat(messages)
+    assert raw.request(Row(0, messages)).prompt == encoder.encode_chat(messages)
+
+    without = PromptEncoder(open_bundle(raw_bundle))
+    plain = Recipe.of_job(without, SamplingParams(), {}, None)
+    assert plain.request(Row(0, "hi")).prompt == without.encode("hi")
+    with pytest.raises(RequestError, match="has no chat template"):
+        plain.request(Row(0, messages))
+    with pytest.raises(RequestError, match="--chat needs a chat template"):
+        Recipe.of_job(without, SamplingParams(), {}, True)
+
+
+def test_a_row_too_long_for_the_model_names_what_to_change(encoder: PromptEncoder) -> None:
+    for row, param in ((Row(0, "x" * 500), "max_tokens"), (Row(0, "x" * 512), "prompt")):
+        with pytest.raises(CapacityError, match="the model's limit 512") as caught:
+            raw_recipe(encoder).request(row)
+        assert caught.value.param == param
+
+
+def test_a_scan_finds_the_longest_row_that_the_model_can_take(encoder: PromptEncoder) -> None:
+    records: list[dict[str, Any] | str] = [{"prompt": "x" * 50}, {"prompt": "x" * 300}]
+    records += [{"prompt": "y", "max_tokens": 100}, {"prompt": "z" * 600}]
+    records += ["{broken", {"prompt": "x" * 400, "top_p": 3}]
+    scan = Scan()
+    scan.read(rows_of(*records), raw_recipe(encoder))
+    assert scan.rows == len(records)
+    assert scan.longest == 324, "300 and 24: the longer ones can't run at all"
+    empty = Scan()
+    empty.read(rows_of("{", "["), raw_recipe(encoder))
+    assert (empty.rows, empty.longest) == (2, 1)

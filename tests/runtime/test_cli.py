@@ -1,0 +1,269 @@
+"""The ``llama-run`` command: what each use prints, writes and returns."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from llama_runtime import __version__, llm
+from llama_runtime.cli import cli
+from llama_runtime.params import SamplingParams
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(fake_backend: None, fake_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command line on the fake bundle, in this process."""
+    monkeypatch.setenv("LLAMA_RUN_BUNDLE", os.fspath(fake_bundle))
+
+    def run(*args: object, stdin: bytes | None = None) -> Result:
+        return CliRunner().invoke(
+            cli, [str(arg) for arg in args], input=stdin, prog_name="llama-run"
+        )
+
+    return run
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"prompt {i}\n" for i in range(12)))
+    return path
+
+
+def records(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_batch_writes_beside_the_prompts_and_says_how_it_went(run: Run, prompts: Path) -> None:
+    result = run("batch", prompts, "--max-tokens", 20)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    found = records((prompts.parent / "prompts.results.jsonl").read_text())
+    assert [record["prompt"] for record in found] == [f"prompt {i}" for i in range(12)]
+    said = result.stderr.splitlines()
+    tokens = sum(len(record["token_ids"]) for record in found)
+    assert said[0] == "fake-llama: prompts as chat, greedy, max_tokens 20"
+    assert said[-1].startswith("12 rows, 0 failed, in ")
+    assert f" {tokens:,} completion tokens" in said[-1]
+    assert said[-1].endswith("results in " + str(prompts.parent / "prompts.results.jsonl"))
+
+
+def test_max_len_is_that_of_the_longest_row(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 70 + "\nx\n" + "x" * 600 + "\n")
+    result = run("batch", path, "--no-chat", "--max-tokens", 10, "--threads", 1)
+    assert "max_batch 32, max_len 80, threads 1" in result.stderr
+    found = records((tmp_path / "a.results.jsonl").read_text())
+    assert [record["finish_reason"] == "error" for record in found] == [False, False, True]
+    assert result.exit_code == 1
+
+
+def test_a_stream_takes_the_models_limit_and_answers_to_standard_output(run: Run) -> None:
+    result = run("batch", "-", "--max-tokens", 4, stdin=b'\n{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert result.exit_code == 0, result.output
+    assert [record["prompt"] for record in records(result.stdout)] == ["a", "b"]
+    assert "max_len 512" in result.stderr
+    text = run("batch", "-", "--max-tokens", 4, stdin=b"one\ntwo\n")
+    assert [record["prompt"] for record in records(text.stdout)] == ["one", "two"]
+
+
+def test_some_failed_rows_are_status_1_and_named(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "good"}\n{"prompt": "bad", "top_k": "x"}\n{broken\n')
+    result = run("batch", path, "--max-tokens", 4)
+    assert result.exit_code == 1
+    assert "3 rows, 2 failed" in result.stderr
+    assert "the first failure, row 1: top_k must be a whole number, not 'x'" in result.stderr
+
+
+def test_quiet_says_nothing(run: Run, prompts: Path) -> None:
+    result = run("batch", prompts, "-q", "-o", "-", "--max-tokens", 4)
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert len(records(result.stdout)) == 12
+
+
+def test_the_job_seed_gives_the_same_results_again(run: Run, prompts: Path) -> None:
+    args = ("batch", prompts, "-q", "-o", "-", "--max-tokens", 8, "--temperature", 1)
+    once = run(*args, "--seed", 5).stdout
+    assert once == run(*args, "--seed", 5, "--max-batch", 2).stdout
+    assert once != run(*args, "--seed", 6).stdout
+
+
+def test_the_sampling_in_force_is_the_bundles_unless_an_option_says_otherwise(
+    run: Run, prompts: Path, raw_bundle: Path
+) -> None:
+    given = ("batch", prompts, "--bundle", raw_bundle, "-o", "-", "--max-tokens", 2)
+    assert "prompts as raw text, temperature 0.5, top_k 20, a fresh seed" in run(*given).stderr
+    assert "temperature 2, top_k 20, top_p 0.9, seed 3" in (
+        run(*given, "--temperature", 2, "--top-p", 0.9, "--seed", 3).stderr
+    )
+    assert "greedy" in run(*given, "--temperature", 0).stderr
+
+
+def test_force_replaces_the_output_but_not_before_the_first_result(
+    run: Run, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = prompts.parent / "prompts.results.jsonl"
+    output.write_text("old\n")
+    refused = run("batch", prompts)
+    assert refused.exit_code == 2
+    assert "--force" in refused.stderr
+    failed = run("batch", prompts, "--force", "--max-len", 100_000)
+    assert failed.exit_code == 2
+    assert output.read_text() == "old\n"
+    assert run("batch", prompts, "--force", "--max-tokens", 2).exit_code == 0
+    assert len(records(output.read_text())) == 12
+
+
+def bad_file(data: bytes) -> Callable[[Path], list[object]]:
+    def make(folder: Path) -> list[object]:
+        (folder / "bad.txt").write_bytes(data)
+        return ["batch", folder / "bad.txt"]
+
+    return make
+
+
+WRONG_USES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
+    "missing": (lambda f: ["batch", f / "no.txt"], "no.txt does not exist"),
+    "directory": (lambda f: ["batch", f], "is a directory"),
+    "empty": (bad_file(b""), "bad.txt is empty: it has no prompts"),
+    "blank": (bad_file(b" \n\n"), "bad.txt is empty: it has no prompts"),
+    "binary": (bad_file(b"\x00\x01\x02"), "is not text"),
+    "latin-1": (bad_file(b"ok\ncaf\xe9\n"), "line 2 is not UTF-8 text: byte 0xE9 at position 4"),
+    "temperature": (
+        lambda f: ["batch", f / "prompts.txt", "--temperature", "-1"],
+        "temperature must lie in 0 to 100, not -1",
+    ),
+    "nan": (
+        lambda f: ["batch", f / "prompts.txt", "--top-p", "nan"],
+        "top_p must",
+    ),
+    "no number": (lambda f: ["batch", f / "prompts.txt", "--top-k", "many"], "'--top-k'"),
+    "seed": (
+        lambda f: ["batch", f / "prompts.txt", "--seed", 2**64],
+        f"seed must lie in 0 to {2**64 - 1}, not {2**64}",
+    ),
+    "max-tokens": (
+        lambda f: ["batch", f / "prompts.txt", "--max-tokens", 0],
+        "max_tokens must lie in 1 to",
+    ),
+    "max-len": (
+        lambda f: ["batch", f / "prompts.txt", "--max-len", 513],
+        "max_len must lie in 1 to 512, not 513",
+    ),
+    "max-batch": (lambda f: ["batch", f / "prompts.txt", "--max-batch", 0], "'--max-batch'"),
+    "unknown option": (lambda f: ["batch", f / "prompts.txt", "--fast"], "--fast"),
+    "no bundle": (
+        lambda f: ["batch", f / "prompts.txt", "--bundle", f / "nowhere"],
+        "nowhere does not exist",
+    ),
+    "bundle is a file": (
+        lambda f: ["inspect", "--bundle", f / "prompts.txt"],
+        "is not a directory",
+    ),
+    "output is a folder": (lambda f: ["batch", f / "prompts.txt", "-o", f], "is a directory"),
+    "output is the input": (
+        lambda f: ["batch", f / "prompts.txt", "-o", f / "prompts.txt", "--force"],
+        "is the prompts file",
+    ),
+    "empty prompt": (lambda _: ["generate", ""], "the prompt is empty"),
+    "long prompt": (lambda _: ["generate", "x" * 700], "over the model's limit 512"),
+}
+
+
+@pytest.mark.parametrize("use", WRONG_USES)
+def test_wrong_use_is_one_sentence_and_status_2(
+    run: Run, prompts: Path, tmp_path: Path, use: str
+) -> None:
+    args, words = WRONG_USES[use]
+    before = sorted(path for path in tmp_path.rglob("*.jsonl"))
+    result = run(*args(tmp_path))
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    error = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(error) == 1
+    assert result.stderr.endswith(error[0] + "\n")
+    assert words in error[0]
+    assert result.stdout == ""
+    assert sorted(path for path in tmp_path.rglob("*.jsonl")) == before
+
+
+def test_an_empty_standard_input_is_status_2(run: Run) -> None:
+    result = run("batch", "-", stdin=b"\n")
+    assert (result.exit_code, "standard input is empty" in result.stderr) == (2, True)
+
+
+def test_chat_without_a_template_is_refused(run: Run, prompts: Path, raw_bundle: Path) -> None:
+    result = run("batch", prompts, "--bundle", raw_bundle, "--chat")
+    assert result.exit_code == 2
+    assert "--chat needs a chat template" in result.stderr
+
+
+def test_an_altered_bundle_is_refused(run: Run, prompts: Path, fake_bundle: Path) -> None:
+    path = fake_bundle / "tokenizer.json"
+    path.write_bytes(path.read_bytes().replace(b"im_start", b"im_START"))
+    for args in (["batch", prompts], ["generate", "hi"], ["inspect"]):
+        result = run(*args)
+        assert result.exit_code == 2
+        assert "tokenizer.json" in result.stderr
+
+
+def test_generate_prints_the_text_and_nothing_else(run: Run, fake_bundle: Path) -> None:
+    result = run("generate", "hello", "--max-tokens", 30)
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    with llm.LLM(fake_bundle, max_batch=1, threads=1) as loaded:
+        (expected,) = loaded.chat(
+            [{"role": "user", "content": "hello"}], SamplingParams(max_tokens=30)
+        )
+    assert result.stdout_bytes == expected.text.encode() + b"\n"
+    assert run("generate", "-", "--max-tokens", 30, stdin=b"hello\n").stdout == result.stdout
+    assert run("generate", "-", stdin=b"\xff").exit_code == 2
+
+
+def test_inspect_shows_the_bundle_and_its_manifest(run: Run, fake_bundle: Path) -> None:
+    result = run("inspect")
+    assert result.exit_code == 0
+    for words in ("fake-llama", "fake.gguf (gguf)", "apache-2.0", "vocab size", "slots", "fp32"):
+        assert words in result.stdout
+    assert "greedy agreement      1.0\n" in result.stdout
+    assert "  generation_config.json  " in result.stdout
+    size = (fake_bundle / "tokenizer.json").stat().st_size
+    assert f"{size:,} bytes" in result.stdout
+    manifest = run("inspect", "--json").stdout
+    assert manifest.encode() == (fake_bundle / "manifest.json").read_bytes()
+
+
+def test_help_and_version_read_well_at_every_level(run: Run) -> None:
+    assert run("--version").stdout == f"Caravan {__version__} (llama-run)\n"
+    for command in ([], ["batch"], ["generate"], ["inspect"]):
+        result = run(*command, "--help")
+        assert result.exit_code == 0
+        assert "Example" in result.stdout
+        assert max(map(len, result.stdout.splitlines())) <= 80
+        assert result.stdout == run(*command, "-h").stdout
+
+
+def test_defaults_in_the_help_are_those_of_the_library(run: Run) -> None:
+    text = " ".join(run("batch", "--help").stdout.split())
+    assert f"[default: {SamplingParams().max_tokens}]" in text
+    assert f"Prompts that run at once. [default: {llm.DEFAULT_MAX_BATCH};" in text
+    assert f"at most {llm.DEFAULT_MAX_LEN}]" in text
+
+
+def test_a_full_disk_is_status_1(run: Run, prompts: Path) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    result = run("batch", prompts, "-o", "/dev/full", "--max-tokens", 4)
+    assert result.exit_code == 1
+    assert "Error: can't write to /dev/full: No space left on device" in result.stderr
+    assert "stopped: the results of 0 of 12 rows" in result.stderr
