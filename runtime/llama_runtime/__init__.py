@@ -1,3 +1,80 @@
-"""Run a bundle: many sequences of different lengths in one compiled Llama graph, without torch."""
+"""Run a bundle: many sequences of different lengths in one compiled Llama graph, without torch.
+
+    from llama_runtime import LLM
+
+    with LLM("bundle") as llm:
+        print(llm.generate("Gravity is")[0].text)
+
+The names of ``__all__`` are the public interface. Each is imported when it is first asked for, so
+that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llama_runtime.bundle import open_bundle
+    from llama_runtime.completion import Completion, Request
+    from llama_runtime.engine import Engine, TokenEvent
+    from llama_runtime.errors import (
+        BackendError,
+        BundleError,
+        CapacityError,
+        CaravanError,
+        DependencyError,
+        RequestError,
+    )
+    from llama_runtime.llm import LLM
+    from llama_runtime.params import SamplingParams
+    from llama_runtime.shared_engine import Stats
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "BackendError",
+    "BundleError",
+    "CapacityError",
+    "CaravanError",
+    "Completion",
+    "DependencyError",
+    "Engine",
+    "Request",
+    "RequestError",
+    "SamplingParams",
+    "Stats",
+    "TokenEvent",
+    "__version__",
+    "open_bundle",
+]
+
+_MODULES = {
+    "LLM": "llm",
+    "BackendError": "errors",
+    "BundleError": "errors",
+    "CapacityError": "errors",
+    "CaravanError": "errors",
+    "Completion": "completion",
+    "DependencyError": "errors",
+    "Engine": "engine",
+    "Request": "completion",
+    "RequestError": "errors",
+    "SamplingParams": "params",
+    "Stats": "shared_engine",
+    "TokenEvent": "engine",
+    "open_bundle": "bundle",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -109,7 +109,10 @@ SLOTS = Dialect(
         ),
         TensorSpec("query_seqlens", "int32", ("B",), "new tokens of each slot; 0 if inactive"),
         TensorSpec(
-            "total_sequence_length", "int32", (), "the largest count of cached tokens after it"
+            "total_sequence_length",
+            "int32",
+            (),
+            "the largest count of cached tokens after this step, at least S",
         ),
     ),
     cache_axes=("B", "K", "C", "D"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from operator import index
 
 from llama_runtime.backends.base import Backend
 from llama_runtime.detokenizer import Detokenizer, TokenBytes
@@ -71,6 +72,7 @@ class Engine:
     ) -> None:
         self.max_len = max_len
         self.failure: BackendError | None = None
+        self.closed = False
         self._backend = backend
         self._token_bytes = token_bytes
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -112,14 +114,17 @@ class Engine:
             CapacityError: prompt and max_tokens don't fit ``max_len``.
             RequestError: the prompt is empty or holds unknown ids.
             BackendError: an earlier step failed and the engine has stopped.
+            CaravanError: the engine is closed.
         """
         if self.failure is not None:
             raise self.failure
-        self._check_prompt(prompt_token_ids, params)
+        if self.closed:
+            raise CaravanError("the engine is closed")
+        token_ids = self._checked_prompt(prompt_token_ids, params)
         seq = Sequence(
             id=self._next_id,
-            token_ids=list(prompt_token_ids),
-            num_prompt_tokens=len(prompt_token_ids),
+            token_ids=token_ids,
+            num_prompt_tokens=len(token_ids),
             params=params,
             seed=fresh_seed() if params.seed is None else params.seed,
             detokenizer=Detokenizer(self._token_bytes),
@@ -168,13 +173,21 @@ class Engine:
             raise RuntimeError(f"{len(self._sequences)} sequences, but {held} wait or run")
 
     def close(self) -> None:
-        """Abort what is left and give back what the backend holds."""
+        """Abort what is left and give back what the backend holds; a second call does nothing."""
         for sequence_id in list(self._sequences):
             self.abort(sequence_id)
-        self._backend.close()
+        if not self.closed:
+            self.closed = True
+            self._backend.close()
 
-    def _check_prompt(self, prompt_token_ids: Seq[int], params: SamplingParams) -> None:
-        count = len(prompt_token_ids)
+    def _checked_prompt(self, prompt: Seq[int], params: SamplingParams) -> list[int]:
+        try:
+            token_ids = [index(token_id) for token_id in prompt]
+        except TypeError:
+            raise RequestError(
+                "a prompt of tokens must be a list of whole numbers", param="prompt"
+            ) from None
+        count = len(token_ids)
         if count == 0:
             raise RequestError("the prompt is empty: it has no tokens", param="prompt")
         if count + params.max_tokens > self.max_len:
@@ -184,12 +197,13 @@ class Engine:
                 "shorten the prompt, lower max_tokens or raise max_len",
                 param="max_tokens" if count < self.max_len else "prompt",
             )
-        if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= self._vocab_size:
+        if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
             raise RequestError(
                 f"token ids must lie in 0 to {self._vocab_size - 1}, not "
-                f"{min(prompt_token_ids)} to {max(prompt_token_ids)}",
+                f"{min(token_ids)} to {max(token_ids)}",
                 param="prompt",
             )
+        return token_ids
 
     def _advance(self, chunks: Seq[Chunk]) -> None:
         for chunk in chunks:

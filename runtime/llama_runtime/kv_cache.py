@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import mmap
+import sys
 from math import prod
 
 import numpy as np
@@ -74,8 +75,17 @@ def cache_buffers(
     shape = (num_slots, geometry.num_kv_heads, capacity, geometry.head_dim)
     buffers = []
     for _ in range(2 * geometry.num_layers):
-        pages = mmap.mmap(-1, prod(shape) * np.dtype(np.float32).itemsize)
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            pages.madvise(mmap.MADV_NOHUGEPAGE)
+        pages = _private_pages(prod(shape) * np.dtype(np.float32).itemsize)
         buffers.append(np.frombuffer(pages, dtype=np.float32).reshape(shape))
     return buffers
+
+
+def _private_pages(num_bytes: int) -> mmap.mmap:
+    """Zero memory of this process alone: Python's default is shared, and keeps freed pages."""
+    if sys.platform == "win32":
+        pages = mmap.mmap(-1, num_bytes)
+    else:
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return pages

@@ -12,72 +12,40 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import count
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from llama_runtime.backends.ort_cpu import OrtCpu
+from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.bundle import open_bundle
-from llama_runtime.chat_template import ChatTemplate
+from llama_runtime.completion import Completion, Prompt, Request
 from llama_runtime.contract import SLOTS, cache_capacity
 from llama_runtime.engine import Engine, TokenEvent
-from llama_runtime.errors import CaravanError, RequestError
+from llama_runtime.errors import RequestError
 from llama_runtime.generation_config import default_params, eos_token_ids
 from llama_runtime.machine import default_threads
 from llama_runtime.params import SamplingParams, fresh_seed, row_seed
-from llama_runtime.sequence import FinishReason, Sequence
+from llama_runtime.prompt_encoder import PromptEncoder
+from llama_runtime.sequence import Sequence
 from llama_runtime.shared_engine import Inbox, SharedEngine, Stats
-from llama_runtime.tokenizer import Tokenizer
 
 DEFAULT_MAX_BATCH = 32
 DEFAULT_MAX_LEN = 4096
 MAX_CHUNK = 128  # prompt tokens of one sequence in one step: longer ones stall the other streams
 PROMPT_BUDGET = 256  # prompt tokens of one step, beside one token of each decoding sequence
 
-Prompt = str | Seq[int]
 Message = Mapping[str, object]
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt and how to continue it.
-
-    Attributes:
-        prompt: raw text, or token ids, which are taken as they are.
-        params: how to continue it.
-    """
-
-    prompt: Prompt
-    params: SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What became of one request.
-
-    Attributes:
-        text: the completion, without its end token.
-        token_ids: what was generated, an end token included.
-        finish_reason: "stop", "length" or "error".
-        num_prompt_tokens: length of the prompt; 0 if it never became tokens.
-        seed: the random stream in use: the same request with this seed gives the same text.
-        error: what went wrong, if ``finish_reason`` is "error".
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    num_prompt_tokens: int = 0
-    seed: int | None = None
-    error: CaravanError | None = None
 
 
 class LLM:
     """A bundle, loaded and ready.
 
     Args:
-        bundle: the directory that ``llama-export build`` wrote.
+        bundle: the directory that ``llama-export build`` wrote, or its text side where that is
+            open already.
         max_batch: sequences that run at once.
         max_len: the most tokens of one sequence, prompt and completion; None takes the model's
             limit, at most 4,096.
@@ -92,14 +60,17 @@ class LLM:
 
     def __init__(
         self,
-        bundle: str | os.PathLike[str] = "bundle",
+        bundle: str | os.PathLike[str] | PromptEncoder = "bundle",
         *,
         max_batch: int = DEFAULT_MAX_BATCH,
         max_len: int | None = None,
         threads: int | None = None,
         verify: Literal["full", "size"] | None = None,
     ) -> None:
-        self.bundle = open_bundle(Path(bundle), verify=verify)
+        if not isinstance(bundle, PromptEncoder):
+            bundle = PromptEncoder(open_bundle(Path(bundle), verify=verify))
+        self._encoder = bundle
+        self.bundle, self.tokenizer = bundle.bundle, bundle.tokenizer
         geometry, config = self.bundle.manifest.geometry, self.bundle.generation_config
         if max_len is None:
             max_len = min(DEFAULT_MAX_LEN, geometry.max_positions)
@@ -107,16 +78,11 @@ class LLM:
         self.max_len = _in_range("max_len", max_len, geometry.max_positions)
         self.threads = _in_range("threads", default_threads() if threads is None else threads, 1024)
         self.default_params = default_params(config)
-        self.tokenizer = Tokenizer(self.bundle.tokenizer_path)
-        source = self.bundle.chat_template
-        special_tokens = self.bundle.manifest.special_tokens
-        self._template = None if source is None else ChatTemplate(source, special_tokens)
         backend = OrtCpu(
-            self.bundle.graph_path(SLOTS.name),
+            open_session(self.bundle.graph_path(SLOTS.name), self.threads),
             geometry,
             num_slots=self.max_batch,
             capacity=cache_capacity(self.max_len, MAX_CHUNK),
-            threads=self.threads,
         )
         engine = Engine(
             backend,
@@ -133,7 +99,7 @@ class LLM:
     @property
     def has_chat_template(self) -> bool:
         """Whether ``chat`` can be used."""
-        return self._template is not None
+        return self._encoder.has_chat_template
 
     def generate(
         self,
@@ -223,11 +189,7 @@ class LLM:
         Raises:
             RequestError: the bundle has no chat template, or it refuses the messages.
         """
-        if self._template is None:
-            raise RequestError(
-                f"{self.bundle.path} has no chat template; give raw prompts", param="messages"
-            )
-        return self.tokenizer.encode_templated(self._template.render(messages))
+        return self._encoder.encode_chat(messages)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
         """Continue one raw prompt, an event a token. Leaving the loop early frees the slot.
@@ -240,26 +202,31 @@ class LLM:
         seq = self._add(Request(prompt, params or self.default_params), inbox)
         return self._events(seq, inbox)
 
-    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
+    def run(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Completion]]:
         """Run requests as they come, and give each back as it finishes.
 
         Requests are drawn when there is room for them, so the iterable may be endless. A request
         that can't run ends with "error", and the others go on.
+
+        Args:
+            requests: what to run. None among them says that no further one should begin yet, and
+                is asked for again after the next step.
 
         Yields:
             The index of a request, from 0, and its completion; in order of finishing.
         """
         inbox = Inbox()
         in_flight: dict[int, tuple[int, Sequence, list[str]]] = {}
-        numbered = enumerate(requests)
+        pending, numbers, end = iter(requests), count(), object()
         exhausted = False
         try:
             while in_flight or not exhausted:
                 while not exhausted and len(in_flight) < 2 * self.max_batch:
-                    index, request = next(numbered, (-1, None))
-                    if request is None:
-                        exhausted = True
+                    request = next(pending, end)
+                    if not isinstance(request, Request):
+                        exhausted = request is end
                         break
+                    index = next(numbers)
                     try:
                         seq = self._add(request, inbox)
                     except RequestError as error:
@@ -274,7 +241,7 @@ class LLM:
                     texts.append(event.text)
                     if event.finish_reason is not None:
                         del in_flight[event.sequence_id]
-                        yield index, _completion(seq, "".join(texts), event)
+                        yield index, Completion.of(seq, "".join(texts), event)
         finally:
             for _, seq, _ in in_flight.values():
                 self._engine.drop(seq)
@@ -310,40 +277,31 @@ class LLM:
 
     def _add(self, request: Request, inbox: Inbox) -> Sequence:
         prompt = request.prompt
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        token_ids = self._encoder.encode(prompt) if isinstance(prompt, str) else prompt
         return self._engine.add(token_ids, request.params, inbox)
 
     def _events(self, seq: Sequence, inbox: Inbox) -> Iterator[TokenEvent]:
         try:
-            while seq.finish_reason is None or inbox:
+            while True:
                 self._engine.wait(inbox)
                 event = inbox.popleft()
                 if event.error is not None:
                     raise event.error
                 yield event
+                if event.finish_reason is not None:
+                    return
         finally:
             self._engine.drop(seq)
 
 
-def _completion(seq: Sequence, text: str, event: TokenEvent) -> Completion:
-    return Completion(
-        text=text,
-        token_ids=seq.completion_token_ids,
-        finish_reason=event.finish_reason or "error",
-        num_prompt_tokens=seq.num_prompt_tokens,
-        seed=seq.seed,
-        error=event.error,
-    )
-
-
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     """A list of prompts, also from a single one."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _in_range(param: str, value: int, limit: int) -> int:
+def _in_range(param: str, value: object, limit: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
         raise RequestError(f"{param} must lie in 1 to {limit}, not {value!r}", param=param)
     return value

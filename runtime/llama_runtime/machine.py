@@ -14,11 +14,12 @@ def default_threads() -> int:
         allowed = len(os.sched_getaffinity(0))
     else:
         allowed = os.cpu_count() or 1
-    return max(1, min(allowed, _quota(CGROUP_ROOT) or allowed))
+    quota = _quota(CGROUP_ROOT)
+    return allowed if quota is None else min(allowed, quota)
 
 
 def _quota(root: Path) -> int | None:
-    """Whole processors of the container's CPU quota (cgroup version 2, then 1), if it has one."""
+    """Whole processors, at least 1, of the container's CPU quota (cgroup version 2, then 1)."""
     try:
         quota, period = (root / "cpu.max").read_text().split()
     except (OSError, ValueError):
@@ -29,4 +30,4 @@ def _quota(root: Path) -> int | None:
             return None
     if not quota.isdigit() or not period.isdigit() or int(period) == 0:
         return None  # "max" or -1: no quota
-    return int(quota) // int(period)
+    return max(1, int(quota) // int(period))

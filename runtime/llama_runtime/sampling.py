@@ -50,14 +50,17 @@ def uniform(seed: int, sample_index: int, token_index: int) -> float:
     """A number in [0, 1) with 53 bits, from a counter-based stream.
 
     Source: Philox 4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011),
-    keyed by (seed, sample index), at counter (token index, 0, 0, 0), first word, high bits.
+    keyed by (seed, sample index), at counter (token index + 1, 0, 0, 0), first word, high bits.
 
     Args:
         seed: the sequence's seed, 0 to 2^64 - 1.
         sample_index: which of several samples of one prompt, from 0.
         token_index: which token of the completion, from 0.
     """
-    stream = np.random.Philox(key=[seed, sample_index], counter=[token_index, 0, 0, 0])
+    # Arrays, because numpy makes floats of a list that mixes numbers above and below 2^63.
+    key = np.array([seed, sample_index], np.uint64)
+    counter = np.array([token_index, 0, 0, 0], np.uint64)  # numpy adds 1 before it draws
+    stream = np.random.Philox(key=key, counter=counter)
     return float(stream.random_raw() >> 11) * 2.0**-53
 
 
@@ -70,47 +73,49 @@ def draw(logits: npt.NDArray[np.float32], params: SamplingParams, number: float)
         number: in [0, 1).
     """
     scaled = logits.astype(np.float64)
-    scaled -= scaled.max()  # before the division: no temperature can overflow it
-    scaled /= params.temperature
+    scaled -= scaled.max()  # before the division, which can then overflow to -inf only
+    with np.errstate(over="ignore"):
+        scaled /= params.temperature
     weights = np.exp(scaled)
     if not 0 < params.top_k < weights.size and params.top_p >= 1:
         return _invert(weights, number)
-    kept = _nucleus(weights, params.top_k, params.top_p)
+    kept = _nucleus(logits, weights, params.top_k, params.top_p)
     return int(kept[_invert(weights[kept], number)])
 
 
-def _nucleus(weights: Floats, top_k: int, top_p: float) -> npt.NDArray[np.intp]:
+def _nucleus(logits: Floats, weights: Floats, top_k: int, top_p: float) -> npt.NDArray[np.intp]:
     """Tokens that top_k and then top_p keep, likeliest first.
 
+    They are ranked by logits, because weights of different ones may be equal after rounding.
     Tokens as likely as the k-th are kept with it, and the nucleus is the shortest run of
     likeliest tokens that holds ``top_p`` of what top_k kept: the meaning of ``transformers``.
     """
     if 0 < top_k < weights.size:
-        order = _likeliest(weights, top_k)
+        order = _likeliest(logits, top_k)
         if top_p >= 1:
             return order
         whole = weights[order].sum()
     else:
         whole = weights.sum()
-        order = _likeliest(weights, CANDIDATES)
+        order = _likeliest(logits, CANDIDATES)
         if weights[order].sum() < top_p * whole:
-            order = _likeliest(weights, weights.size)
+            order = _likeliest(logits, logits.size)
     cumulative = weights[order].cumsum()
     return order[: int(np.searchsorted(cumulative, top_p * whole)) + 1]
 
 
-def _likeliest(weights: Floats, count: int) -> npt.NDArray[np.intp]:
+def _likeliest(logits: Floats, count: int) -> npt.NDArray[np.intp]:
     """The ``count`` likeliest tokens and all equals of the last, likeliest first."""
-    if count >= weights.size:
-        return np.argsort(-weights, kind="stable")
-    threshold = np.partition(weights, weights.size - count)[weights.size - count]
-    tokens = np.flatnonzero(weights >= threshold)
-    return tokens[np.argsort(-weights[tokens], kind="stable")]
+    if count >= logits.size:
+        return np.argsort(-logits, kind="stable")
+    threshold = np.partition(logits, logits.size - count)[logits.size - count]
+    tokens = np.flatnonzero(logits >= threshold)
+    return tokens[np.argsort(-logits[tokens], kind="stable")]
 
 
 def _invert(weights: Floats, number: float) -> int:
     """The index at ``number`` of the cumulative distribution of unnormalised weights."""
     cumulative = weights.cumsum()
-    index = int(np.searchsorted(cumulative, number * cumulative[-1], side="right"))
-    # Rounding may carry the target to the very end, past the last weight above 0.
-    return min(index, int(np.flatnonzero(weights)[-1]))
+    # The target stays below the end: a number is at most 1 - 2^-53, and so takes more off a
+    # total of 1 or more than rounding gives back.
+    return int(np.searchsorted(cumulative, number * cumulative[-1], side="right"))

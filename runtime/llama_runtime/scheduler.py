@@ -3,7 +3,8 @@
 Continuous batching: a sequence that ends gives its slot to the next one in the same run. Every
 running sequence that has its prompt in the cache decodes one token in every step; the rest of the
 step's token budget goes to prompts, in order of arrival, in chunks. So streams never wait for a
-long prompt, a prompt always moves, and nobody is overtaken.
+long prompt, the oldest prompt always moves, and none waits for a later one's: a short prompt may
+still be through before a long one, with what that one can't use of the budget.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ class SharedEngine:
         self._engine = engine
         self._lock = threading.Lock()
         self._inboxes: dict[int, Inbox] = {}
+        self._dropped: deque[Sequence] = deque()
         self._stats = Stats()
         self._pid = os.getpid()
         self.closed = False
@@ -67,6 +68,7 @@ class SharedEngine:
         """
         self._check_usable()
         with self._lock:
+            self._abort_dropped()
             seq = self._engine.add(prompt_token_ids, params)
             self._inboxes[seq.id] = inbox
             self._stats.prompt_tokens += seq.num_prompt_tokens
@@ -81,27 +83,52 @@ class SharedEngine:
                     self._step()
 
     def drop(self, seq: Sequence) -> None:
-        """Abort a sequence that nobody waits for any more; one that ended is left alone."""
-        with self._lock:
-            if self._inboxes.pop(seq.id, None) is not None and not self.closed:
-                self._engine.abort(seq.id)
-                self._stats.finished += 1
+        """Abort a sequence that nobody waits for any more; one that ended is left alone.
+
+        It never waits: a stream may be collected as garbage in the middle of a step, by the very
+        thread that runs it. If the engine is busy, the slot is free before the next step.
+        """
+        self._dropped.append(seq)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._abort_dropped()
+            finally:
+                self._lock.release()
 
     def stats(self) -> Stats:
-        """A copy of the counters."""
+        """A copy of the counters.
+
+        Raises:
+            CaravanError: the process is a fork of the one that loaded this.
+        """
+        self._check_process()
         with self._lock:
+            self._abort_dropped()
             running, waiting = self._engine.num_running, self._engine.num_waiting
             return replace(self._stats, running=running, waiting=waiting)
 
     def close(self) -> None:
-        """Abort what is in flight and close the engine; a second call does nothing."""
+        """Abort what is in flight and close the engine; a second call does nothing.
+
+        Nor does it in a fork, where the kernels' threads and maybe the lock's holder are missing.
+        """
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             if not self.closed:
                 self.closed = True
                 self._inboxes.clear()
                 self._engine.close()
 
+    def _abort_dropped(self) -> None:
+        while self._dropped:
+            seq = self._dropped.popleft()
+            if self._inboxes.pop(seq.id, None) is not None:
+                self._engine.abort(seq.id)
+                self._stats.finished += 1
+
     def _step(self) -> None:
+        self._abort_dropped()
         for event in self._engine.step():
             self._inboxes[event.sequence_id].append(event)
             if event.token_id is not None:
@@ -113,5 +140,8 @@ class SharedEngine:
     def _check_usable(self) -> None:
         if self.closed:
             raise CaravanError("the LLM is closed")
+        self._check_process()
+
+    def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise CaravanError("an LLM can't be used after fork: load it in the child process")

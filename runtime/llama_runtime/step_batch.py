@@ -91,7 +91,7 @@ class StepBatch:
         self._input_ids[row:num_rows] = self._input_ids[0]
         self._pack[row:num_rows] = self._pack[0]
         self._logits_rows[num_logits:num_heads] = 0
-        self._total[...] = self._seqlens_k.max() + 1
+        self._total[...] = max(width, self._seqlens_k.max() + 1)  # the operator insists on S
         return Step(
             input_ids=self._input_ids[:num_rows],
             logits_rows=self._logits_rows[:num_heads],

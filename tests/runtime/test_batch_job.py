@@ -17,8 +17,9 @@ from llama_runtime.batch.lines import LineReader
 from llama_runtime.batch.recipe import Recipe
 from llama_runtime.batch.results import InOrder, ResultFile
 from llama_runtime.batch.rows import Row, Rows
+from llama_runtime.completion import Completion, Request
 from llama_runtime.errors import BackendError, RequestError
-from llama_runtime.llm import LLM, Completion, Request
+from llama_runtime.llm import LLM
 from llama_runtime.params import SamplingParams, row_seed
 from llama_runtime.prompt_encoder import PromptEncoder
 from llama_runtime.step_batch import Step

@@ -38,7 +38,11 @@ class Fake:
         for slot in np.flatnonzero(step.query_seqlens):
             count, total = int(step.query_seqlens[slot]), int(step.seqlens_k[slot]) + 1
             past = total - count
-            if past < 0 or past + width > self._cache.shape[1] or total > step.total_sequence_length:
+            if (
+                past < 0
+                or past + width > self._cache.shape[1]
+                or total > step.total_sequence_length
+            ):
                 raise BackendError(f"slot {slot}: {count} of {total} tokens do not fit the cache")
             rows = rows_of_cells[slot, :count]
             if not np.array_equal(step.pack[rows], slot * width + np.arange(count)):
@@ -46,7 +50,8 @@ class Fake:
             self._cache[slot, past:total] = step.input_ids[rows]
             history[rows] = [_digest(self._cache[slot, : past + i + 1]) for i in range(count)]
         starts = history[step.logits_rows] % self._vocab_size
-        return np.stack([self._noise[s : s + self._vocab_size] for s in starts])
+        logits: npt.NDArray[np.float32] = self._noise[starts[:, None] + np.arange(self._vocab_size)]
+        return logits
 
     def close(self) -> None:
         """See ``Backend.close``."""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from llama_runtime.contract import LOGITS, ROW_MULTIPLE, SLOTS, Geometry
 from llama_runtime.errors import BackendError, DependencyError
 from llama_runtime.kv_cache import cache_buffers
+from llama_runtime.machine import default_threads
 from llama_runtime.step_batch import Step
 
 
@@ -19,35 +20,15 @@ class OrtCpu:
     """One session with one set of buffers; ``run`` allocates nothing that grows with the cache.
 
     Args:
-        graph: an ONNX file in the ``slots`` dialect.
+        session: of ``open_session``, over a graph in the ``slots`` dialect. Weights are packed
+            for the kernels once a session, so share one rather than opening another.
         geometry: the model's numbers.
         num_slots: B.
         capacity: C.
-        threads: threads of the kernels; the step's bits depend on this number alone.
-
-    Raises:
-        DependencyError: onnxruntime is missing or too old.
-        BackendError: the graph can't be loaded.
     """
 
-    def __init__(
-        self,
-        graph: Path,
-        geometry: Geometry,
-        *,
-        num_slots: int,
-        capacity: int,
-        threads: int,
-    ) -> None:
-        ort = import_onnxruntime()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        try:
-            self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises many types that share no base of its own
-            raise BackendError(f"{graph} can't be loaded: {error}") from error
+    def __init__(self, session: Any, geometry: Geometry, *, num_slots: int, capacity: int) -> None:
+        self._session = session
         self._binding = self._session.io_binding()
         rows = -(-num_slots // ROW_MULTIPLE) * ROW_MULTIPLE
         self._logits = np.zeros((rows, geometry.vocab_size), np.float32)
@@ -76,6 +57,34 @@ class OrtCpu:
     def close(self) -> None:
         """See ``Backend.close``."""
         del self._binding, self._session, self._cache
+
+
+def open_session(graph: Path, threads: int) -> Any:
+    """Load a graph and its weights.
+
+    Args:
+        graph: an ONNX file.
+        threads: threads of the kernels; on one machine the bits of a step depend on the step and
+            this number alone.
+
+    Returns:
+        An ``onnxruntime.InferenceSession``.
+
+    Raises:
+        DependencyError: onnxruntime is missing or too old.
+        BackendError: the graph can't be loaded.
+    """
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    if threads > default_threads():  # waiting threads that spin would take the working ones' time
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 4  # what goes wrong is raised; its own lines would say it twice
+    try:
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises many types that share no base of its own
+        raise BackendError(f"{graph} can't be loaded: {error}") from error
 
 
 def _bind(bind: Any, name: str, array: npt.NDArray[Any]) -> None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from llama_runtime.batch.recipe import Recipe
 from llama_runtime.batch.results import InOrder, ResultFile, result_line
 from llama_runtime.batch.rows import Row, Rows
+from llama_runtime.completion import Completion, Request
 from llama_runtime.errors import RequestError
-from llama_runtime.llm import LLM, Completion, Request
+from llama_runtime.llm import LLM
 
 # Finished results that may wait for an earlier one, for each slot. When that many do, no new row is
 # begun until the one they wait for is done.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llama_runtime.batch.rows import Row
+from llama_runtime.completion import Request
 from llama_runtime.errors import CapacityError, RequestError
-from llama_runtime.llm import Request
 from llama_runtime.params import SamplingParams, fresh_seed, row_seed
 from llama_runtime.prompt_encoder import PromptEncoder
 

@@ -14,8 +14,8 @@ from types import FrameType, TracebackType
 from typing import BinaryIO
 
 from llama_runtime.batch.rows import Row, Source
+from llama_runtime.completion import Completion
 from llama_runtime.errors import CaravanError, RequestError
-from llama_runtime.llm import Completion
 
 
 def result_line(row: Row, completion: Completion, seed: int | None) -> bytes:

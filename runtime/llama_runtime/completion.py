@@ -1,0 +1,65 @@
+"""What a caller asks, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from llama_runtime.engine import TokenEvent
+from llama_runtime.errors import CaravanError
+from llama_runtime.params import SamplingParams
+from llama_runtime.sequence import FinishReason, Sequence
+
+Prompt = str | Seq[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and how to continue it.
+
+    Attributes:
+        prompt: raw text, or token ids, which are taken as they are.
+        params: how to continue it.
+    """
+
+    prompt: Prompt
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What became of one request.
+
+    Attributes:
+        text: the completion, without its end token.
+        token_ids: what was generated, an end token included.
+        finish_reason: "stop", "length" or "error".
+        num_prompt_tokens: length of the prompt; 0 if it never became tokens.
+        seed: the random stream in use: the same request with this seed gives the same text.
+        error: what went wrong, if ``finish_reason`` is "error".
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    num_prompt_tokens: int = 0
+    seed: int | None = None
+    error: CaravanError | None = None
+
+    @classmethod
+    def of(cls, seq: Sequence, text: str, last: TokenEvent) -> Completion:
+        """What became of a sequence that ended.
+
+        Args:
+            seq: the sequence.
+            text: the texts of all its events.
+            last: the event that ended it.
+        """
+        return cls(
+            text=text,
+            token_ids=seq.completion_token_ids,
+            finish_reason=last.finish_reason or "error",
+            num_prompt_tokens=seq.num_prompt_tokens,
+            seed=seq.seed,
+            error=last.error,
+        )

@@ -1,0 +1,236 @@
+"""What runs in a step: admission, the token budget, and fairness between prompts and streams."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+
+from llama_runtime.contract import CHUNK_MULTIPLE, MIN_CHUNK
+from llama_runtime.detokenizer import Detokenizer, TokenBytes
+from llama_runtime.kv_cache import SlotCache
+from llama_runtime.params import SamplingParams
+from llama_runtime.scheduler import Chunk, Scheduler
+from llama_runtime.sequence import Sequence
+
+BYTE_LEVEL = Tokenizer(models.BPE({"a": 0}, []))
+BYTE_LEVEL.decoder = decoders.ByteLevel()
+TABLE = TokenBytes(BYTE_LEVEL)
+_ids = count()
+
+
+def sequence(num_prompt_tokens: int, max_tokens: int = 8) -> Sequence:
+    return Sequence(
+        id=next(_ids),
+        token_ids=[0] * num_prompt_tokens,
+        num_prompt_tokens=num_prompt_tokens,
+        params=SamplingParams(max_tokens=max_tokens),
+        seed=0,
+        detokenizer=Detokenizer(TABLE),
+    )
+
+
+def scheduler(
+    num_slots: int, token_budget: int = 1000, max_chunk: int = 1000, *, refill: bool = True
+) -> Scheduler:
+    cache = SlotCache(num_slots, max_len=2000)
+    return Scheduler(cache, token_budget=token_budget, max_chunk=max_chunk, refill=refill)
+
+
+def finish_step(chunks: list[Chunk]) -> list[Sequence]:
+    """What the engine does with the chunks of a step; the sequences that got a token."""
+    sampled = [chunk.seq for chunk in chunks if chunk.samples]
+    for chunk in chunks:
+        chunk.seq.cache_len += chunk.num_tokens
+    for seq in sampled:
+        seq.token_ids.append(1)
+    return sampled
+
+
+def lengths(chunks: list[Chunk]) -> dict[int, int]:
+    return {chunk.seq.id: chunk.num_tokens for chunk in chunks}
+
+
+def test_nothing_is_scheduled_when_nothing_waits_or_runs() -> None:
+    assert scheduler(2).schedule() == []
+
+
+def test_a_prompt_in_the_cache_decodes_one_token_a_step() -> None:
+    rows, seq = scheduler(1), sequence(5)
+    rows.add(seq)
+    assert lengths(rows.schedule()) == {seq.id: 5}
+    for _ in range(3):
+        finish_step([Chunk(seq, seq.num_tokens - seq.cache_len)])
+        assert lengths(rows.schedule()) == {seq.id: 1}
+
+
+def test_a_chunk_samples_exactly_when_it_ends_at_the_newest_token() -> None:
+    seq = sequence(50)
+    assert not Chunk(seq, 32).samples
+    seq.cache_len = 32
+    assert not Chunk(seq, 17).samples
+    assert Chunk(seq, 18).samples
+    seq.cache_len = 50
+    seq.token_ids.append(1)
+    assert Chunk(seq, 1).samples
+
+
+def test_admission_is_in_order_of_arrival_into_the_lowest_slots() -> None:
+    rows, seqs = scheduler(3), [sequence(5) for _ in range(5)]
+    for seq in seqs:
+        rows.add(seq)
+    rows.schedule()
+    assert [seq.slot for seq in seqs] == [0, 1, 2, None, None]
+    assert rows.running == seqs[:3]
+    assert list(rows.waiting) == seqs[3:]
+
+
+def test_a_freed_slot_is_refilled_in_the_next_step() -> None:
+    rows, seqs = scheduler(2), [sequence(5) for _ in range(3)]
+    for seq in seqs:
+        rows.add(seq)
+    finish_step(rows.schedule())
+    rows.remove(seqs[0])
+    assert lengths(rows.schedule()) == {seqs[1].id: 1, seqs[2].id: 5}
+    assert (seqs[0].slot, seqs[2].slot) == (None, 0)
+
+
+def test_fixed_batches_wait_until_every_slot_is_free() -> None:
+    rows, seqs = scheduler(2, refill=False), [sequence(5) for _ in range(3)]
+    for seq in seqs:
+        rows.add(seq)
+    finish_step(rows.schedule())
+    rows.remove(seqs[0])
+    assert lengths(finish_and_return(rows)) == {seqs[1].id: 1}
+    rows.remove(seqs[1])
+    assert lengths(rows.schedule()) == {seqs[2].id: 5}
+
+
+def finish_and_return(rows: Scheduler) -> list[Chunk]:
+    chunks = rows.schedule()
+    finish_step(chunks)
+    return chunks
+
+
+def test_removing_works_wherever_a_sequence_is() -> None:
+    rows, seqs = scheduler(1), [sequence(5) for _ in range(3)]
+    for seq in seqs:
+        rows.add(seq)
+    rows.schedule()
+    rows.remove(seqs[1])
+    rows.remove(seqs[0])
+    assert rows.cache.num_free == 1
+    assert lengths(rows.schedule()) == {seqs[2].id: 5}
+
+
+def test_a_long_prompt_does_not_stall_running_streams() -> None:
+    rows = scheduler(4, token_budget=4 + MIN_CHUNK, max_chunk=MIN_CHUNK)
+    streams = [sequence(3) for _ in range(3)]
+    for seq in streams:
+        rows.add(seq)
+    finish_step(rows.schedule())
+    long = sequence(1500)
+    rows.add(long)
+    num_steps = 0
+    while long.in_prompt:
+        assert finish_step(rows.schedule())[:3] == streams
+        num_steps += 1
+    assert num_steps == 1 + 1500 // CHUNK_MULTIPLE
+
+
+def test_the_oldest_prompt_moves_in_every_step_beside_a_full_batch() -> None:
+    rows = scheduler(8, token_budget=8 + MIN_CHUNK, max_chunk=MIN_CHUNK)
+    for _ in range(7):
+        rows.add(sequence(1))
+    finish_step(rows.schedule())
+    for num_prompt_tokens in range(1, 140):
+        seq = sequence(num_prompt_tokens)
+        rows.add(seq)
+        while seq.in_prompt:
+            before = seq.cache_len
+            finish_step(rows.schedule())
+            assert seq.cache_len > before
+        rows.remove(seq)
+
+
+def test_what_one_prompt_leaves_of_the_budget_goes_to_the_next() -> None:
+    rows = scheduler(4, token_budget=110, max_chunk=64)
+    first, second, third, fourth = (sequence(n) for n in (200, 7, 500, 3))
+    for seq in (first, second, third, fourth):
+        rows.add(seq)
+    # 110 - 64 - 7 = 39 leave room for 32; of the last 7 the fourth takes 3.
+    assert lengths(rows.schedule()) == {first.id: 64, second.id: 7, third.id: 32, fourth.id: 3}
+
+
+def test_a_prompt_that_does_not_fit_holds_the_later_ones_back() -> None:
+    rows = scheduler(3, token_budget=60, max_chunk=64)
+    first, second, third = (sequence(n) for n in (40, 31, 3))
+    for seq in (first, second, third):
+        rows.add(seq)
+    assert lengths(rows.schedule()) == {first.id: 32}  # 28 are left, and the second needs 31
+
+
+@given(
+    num_slots=st.integers(1, 5),
+    spare=st.integers(0, 150),
+    max_chunk=st.integers(MIN_CHUNK, 200),
+    prompts=st.lists(st.integers(1, 300), min_size=1, max_size=12),
+)
+def test_no_step_exceeds_the_budget_and_none_is_idle(
+    num_slots: int, spare: int, max_chunk: int, prompts: list[int]
+) -> None:
+    budget = num_slots + MIN_CHUNK + spare
+    rows = scheduler(num_slots, budget, max_chunk)
+    seqs = [sequence(n, max_tokens=1 + i % 4) for i, n in enumerate(prompts)]
+    for seq in seqs:
+        rows.add(seq)
+    while rows.waiting or rows.running:
+        chunks = rows.schedule()
+        decoding = [seq for seq in rows.running if not seq.in_prompt]
+        oldest = next((seq for seq in rows.running if seq.in_prompt), None)
+        scheduled = lengths(chunks)
+        assert len(scheduled) == len(chunks)
+        assert 1 <= sum(scheduled.values()) <= budget
+        assert max(scheduled.values()) <= max_chunk
+        assert all(scheduled[seq.id] == 1 for seq in decoding)
+        assert oldest is None or scheduled[oldest.id] > 0
+        for seq in finish_step(chunks):
+            if seq.num_completion_tokens == seq.params.max_tokens:
+                rows.remove(seq)
+        rows.cache.check()
+    assert all(seq.num_completion_tokens == seq.params.max_tokens for seq in seqs)
+
+
+@given(
+    num_slots=st.integers(1, 5),
+    spare=st.integers(0, 150),
+    max_chunk=st.integers(MIN_CHUNK, 200),
+    num_prompt_tokens=st.integers(1, 200),
+    num_seqs=st.integers(1, 12),
+)
+def test_prompts_of_one_length_get_their_first_tokens_in_order_of_arrival(
+    num_slots: int, spare: int, max_chunk: int, num_prompt_tokens: int, num_seqs: int
+) -> None:
+    rows = scheduler(num_slots, num_slots + MIN_CHUNK + spare, max_chunk)
+    seqs = [sequence(num_prompt_tokens, max_tokens=1 + i % 3) for i in range(num_seqs)]
+    for seq in seqs:
+        rows.add(seq)
+    first_tokens = []
+    while rows.waiting or rows.running:
+        for seq in finish_step(rows.schedule()):
+            if seq.num_completion_tokens == 1:
+                first_tokens.append(seq.id)
+            if seq.num_completion_tokens == seq.params.max_tokens:
+                rows.remove(seq)
+    assert first_tokens == [seq.id for seq in seqs]
+
+
+def test_limits_under_which_a_prompt_might_never_move_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"max_chunk must be at least 33, not 32"):
+        scheduler(4, max_chunk=32)
+    with pytest.raises(ValueError, match=r"token_budget must be at least 37 for 4 slots, not 36"):
+        scheduler(4, token_budget=36)
+    scheduler(4, token_budget=37, max_chunk=33)
