@@ -230,7 +230,7 @@ def test_a_stream_collected_in_the_middle_of_a_step_does_not_block_it(
     backend = own._engine._engine._backend
     run = backend.run
 
-    running = []
+    running: list[int] = []
 
     def collect_and_run(step: Any) -> Any:
         if not running:
