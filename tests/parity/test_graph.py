@@ -20,7 +20,7 @@ from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.contract import SLOTS, cache_capacity
 from llama_runtime.kv_cache import SlotCache
 from llama_runtime.params import SamplingParams
-from llama_runtime.scheduler import Scheduler
+from llama_runtime.scheduler import Chunk, Scheduler
 from llama_runtime.sequence import Sequence
 from llama_runtime.step_batch import StepBatch
 
@@ -69,35 +69,67 @@ def exported(
     return directory / "decoder.onnx", build_decoder(config, weights.items())
 
 
+def sequence(number: int, prompt: list[int], max_tokens: int) -> Sequence:
+    params = SamplingParams(max_tokens=max_tokens)
+    return Sequence(number, prompt, len(prompt), params, 0, None)  # type: ignore[arg-type]
+
+
+def compared(graph: Path, decoder: LlamaDecoder, max_chunk: int) -> ComparedBackend:
+    capacity = cache_capacity(MAX_LEN, max_chunk)
+    session = open_session(graph, threads=2)
+    backend = OrtCpu(session, decoder.config.geometry, num_slots=NUM_SLOTS, capacity=capacity)
+    return ComparedBackend(backend, decoder, NUM_SLOTS, capacity)
+
+
+@torch.no_grad()
+def test_graph_computes_what_the_decoder_computes_on_chunks_of_every_size(
+    exported: tuple[Path, LlamaDecoder],
+) -> None:
+    """Also those that no scheduler makes: 1 to 40 tokens from any position on, some slots idle."""
+    graph, decoder = exported
+    choose = random.Random(0)
+    backend = compared(graph, decoder, max_chunk=40)
+    batch = StepBatch(NUM_SLOTS, 40 * NUM_SLOTS, 40)
+    seqs = [sequence(i, [], 1) for i in range(NUM_SLOTS)]
+    sizes = [choose.sample(range(1, 41), 40) for _ in seqs]  # every size once, in each slot
+    cache = SlotCache(NUM_SLOTS, MAX_LEN)
+    for seq in seqs:
+        cache.allocate(seq)
+    for step in range(40):
+        chunks = []
+        for seq, size in zip(seqs, (left[step] for left in sizes), strict=True):
+            if choose.random() < 0.2:
+                continue  # an idle slot
+            if seq.num_tokens + size > MAX_LEN:  # go on from an earlier position
+                seq.cache_len = choose.randrange(8)
+                del seq.token_ids[seq.cache_len :]
+            seq.token_ids += choose.choices(range(512), k=size)
+            chunks.append(Chunk(seq, size))
+        if chunks:
+            backend.run(batch.build(chunks))
+        for chunk in chunks:
+            chunk.seq.cache_len += chunk.num_tokens
+    result = backend.result()
+    assert result.rows > 100
+    assert result.max_logit_difference <= TOLERANCE
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_graph_computes_what_the_decoder_computes_on_ragged_mixes(
     exported: tuple[Path, LlamaDecoder], seed: int
 ) -> None:
-    """Whole prompts, chunks of every size that a budget makes, decode steps and idle slots."""
+    """Whole prompts, prompts in chunks, decode steps and idle slots, as a scheduler mixes them."""
     graph, decoder = exported
     choose = random.Random(seed)
     max_chunk = choose.choice([33, 64, 96, 160])
-    capacity = cache_capacity(MAX_LEN, max_chunk)
-    backend = ComparedBackend(
-        OrtCpu(
-            open_session(graph, threads=2),
-            decoder.config.geometry,
-            num_slots=NUM_SLOTS,
-            capacity=capacity,
-        ),
-        decoder,
-        NUM_SLOTS,
-        capacity,
-    )
+    backend = compared(graph, decoder, max_chunk)
     cache = SlotCache(NUM_SLOTS, MAX_LEN)
     budget = NUM_SLOTS + choose.choice([33, 100, 300])
     scheduler = Scheduler(cache, token_budget=budget, max_chunk=max_chunk)
     batch = StepBatch(NUM_SLOTS, budget, max_chunk)
     for i in range(12):
         length = choose.choice([1, 2, 3, 33, 34, 65, choose.randint(1, 170)])
-        prompt = [choose.randrange(decoder.config.vocab_size) for _ in range(length)]
-        params = SamplingParams(max_tokens=choose.randint(1, 20))
-        scheduler.add(Sequence(i, prompt, length, params, 0, None))  # type: ignore[arg-type]
+        scheduler.add(sequence(i, choose.choices(range(512), k=length), choose.randint(1, 20)))
     with torch.no_grad():
         while chunks := scheduler.schedule():
             logits = backend.run(batch.build(chunks))
