@@ -117,7 +117,7 @@ class Engine:
             CaravanError: the engine is closed.
         """
         if self.failure is not None:
-            raise self.failure
+            raise BackendError(f"the engine has stopped: {self.failure}") from self.failure
         if self.closed:
             raise CaravanError("the engine is closed")
         token_ids = self._checked_prompt(prompt_token_ids, params)
@@ -148,6 +148,10 @@ class Engine:
             logits = self._backend.run(step)
         except BackendError as error:
             return self._fail(error)
+        except Exception as error:
+            failure = BackendError(f"the backend failed: {error!r}")
+            failure.__cause__ = error
+            return self._fail(failure)
         sampled = [chunk.seq for chunk in chunks if chunk.samples]
         token_ids = sample(logits, sampled).tolist()
         self._advance(chunks)

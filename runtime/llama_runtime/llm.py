@@ -23,7 +23,7 @@ from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.bundle import open_bundle
 from llama_runtime.completion import Completion, Prompt, Request
 from llama_runtime.contract import SLOTS, cache_capacity
-from llama_runtime.engine import Engine, TokenEvent
+from llama_runtime.engine import Engine
 from llama_runtime.errors import RequestError
 from llama_runtime.generation_config import default_params, eos_token_ids
 from llama_runtime.machine import default_threads
@@ -31,10 +31,11 @@ from llama_runtime.params import SamplingParams, fresh_seed, row_seed
 from llama_runtime.prompt_encoder import PromptEncoder
 from llama_runtime.sequence import Sequence
 from llama_runtime.shared_engine import Inbox, SharedEngine, Stats
+from llama_runtime.token_stream import TokenStream
 
 DEFAULT_MAX_BATCH = 32
 DEFAULT_MAX_LEN = 4096
-MAX_CHUNK = 128  # prompt tokens of one sequence in one step: longer ones stall the other streams
+PROMPT_CHUNK = 128  # prompt tokens of one sequence in one step: longer ones stall the other streams
 PROMPT_BUDGET = 256  # prompt tokens of one step, beside one token of each decoding sequence
 
 Message = Mapping[str, object]
@@ -75,14 +76,14 @@ class LLM:
         if max_len is None:
             max_len = min(DEFAULT_MAX_LEN, geometry.max_positions)
         self.max_batch = _in_range("max_batch", max_batch, 1024)
-        self.max_len = _in_range("max_len", max_len, geometry.max_positions)
+        self.max_len = _in_range("max_len", max_len, geometry.max_positions, low=2)
         self.threads = _in_range("threads", default_threads() if threads is None else threads, 1024)
         self.default_params = default_params(config)
         backend = OrtCpu(
             open_session(self.bundle.graph_path(SLOTS.name), self.threads),
             geometry,
             num_slots=self.max_batch,
-            capacity=cache_capacity(self.max_len, MAX_CHUNK),
+            capacity=cache_capacity(self.max_len, PROMPT_CHUNK),
         )
         engine = Engine(
             backend,
@@ -92,7 +93,7 @@ class LLM:
             max_batch=self.max_batch,
             max_len=self.max_len,
             token_budget=self.max_batch + PROMPT_BUDGET,
-            max_chunk=MAX_CHUNK,
+            max_chunk=PROMPT_CHUNK,
         )
         self._engine = SharedEngine(engine)
 
@@ -130,6 +131,7 @@ class LLM:
         completions: dict[int, Completion] = {}
         for index, completion in self.run(requests):
             if completion.error is not None:
+                completion.error.add_note(f"prompt {index} of {len(requests)}")
                 raise completion.error
             completions[index] = completion
         return [completions[i] for i in range(len(requests))]
@@ -158,6 +160,8 @@ class LLM:
             max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
         )
         job = fresh_seed() if seed is None else seed
+        if isinstance(prompts, str):
+            raise RequestError("prompts must be a list of texts, not one text", param="prompts")
         rows = [replace(params, seed=row_seed(job, i)) for i in range(len(prompts))]
         return self.generate(list(prompts), rows)
 
@@ -191,8 +195,8 @@ class LLM:
         """
         return self._encoder.encode_chat(messages)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
-        """Continue one raw prompt, an event a token. Leaving the loop early frees the slot.
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
+        """Continue one raw prompt, an event a token. Closing or dropping the stream frees the slot.
 
         Raises:
             RequestError: the prompt or a parameter is wrong; raised by the call itself.
@@ -200,7 +204,7 @@ class LLM:
         """
         inbox = Inbox()
         seq = self._add(Request(prompt, params or self.default_params), inbox)
-        return self._events(seq, inbox)
+        return TokenStream(self._engine, seq, inbox)
 
     def run(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Completion]]:
         """Run requests as they come, and give each back as it finishes.
@@ -248,7 +252,7 @@ class LLM:
 
     def warm_up(self) -> None:
         """Run a short request, so that the first real one finds everything paged in."""
-        self.generate([[0, 0]], SamplingParams(max_tokens=2, ignore_eos=True))
+        self.generate([[0]], SamplingParams(max_tokens=min(2, self.max_len - 1), ignore_eos=True))
 
     def stats(self) -> Stats:
         """A copy of the counters."""
@@ -280,19 +284,6 @@ class LLM:
         token_ids = self._encoder.encode(prompt) if isinstance(prompt, str) else prompt
         return self._engine.add(token_ids, request.params, inbox)
 
-    def _events(self, seq: Sequence, inbox: Inbox) -> Iterator[TokenEvent]:
-        try:
-            while True:
-                self._engine.wait(inbox)
-                event = inbox.popleft()
-                if event.error is not None:
-                    raise event.error
-                yield event
-                if event.finish_reason is not None:
-                    return
-        finally:
-            self._engine.drop(seq)
-
 
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     """A list of prompts, also from a single one."""
@@ -301,7 +292,7 @@ def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _in_range(param: str, value: object, limit: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-        raise RequestError(f"{param} must lie in 1 to {limit}, not {value!r}", param=param)
+def _in_range(param: str, value: object, high: int, *, low: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise RequestError(f"{param} must lie in {low} to {high}, not {value!r}", param=param)
     return value

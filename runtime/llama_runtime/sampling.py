@@ -20,8 +20,8 @@ from llama_runtime.sequence import Sequence
 
 Floats = npt.NDArray[np.floating]
 
-# A nucleus is looked for among this many likeliest tokens before the whole row is sorted.
-CANDIDATES = 256
+# A nucleus is looked for among these many likeliest tokens before the whole row is sorted.
+CANDIDATES = (256, 4096)
 NOT_FINITE = -1  # in place of a token id: the row held no finite maximum
 
 
@@ -97,9 +97,10 @@ def _nucleus(logits: Floats, weights: Floats, top_k: int, top_p: float) -> npt.N
         whole = weights[order].sum()
     else:
         whole = weights.sum()
-        order = _likeliest(logits, CANDIDATES)
-        if weights[order].sum() < top_p * whole:
-            order = _likeliest(logits, logits.size)
+        for count in (*CANDIDATES, logits.size):
+            order = _likeliest(logits, count)
+            if weights[order].sum() >= top_p * whole:
+                break
     cumulative = weights[order].cumsum()
     return order[: int(np.searchsorted(cumulative, top_p * whole)) + 1]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from llama_runtime.contract import CHUNK_MULTIPLE, MIN_CHUNK, last_chunk_start
+from llama_runtime.contract import CHUNK_MULTIPLE, MAX_CHUNK, MIN_CHUNK, last_chunk_start
 from llama_runtime.kv_cache import SlotCache
 from llama_runtime.sequence import Sequence
 
@@ -42,7 +42,7 @@ class Scheduler:
         cache: the slots that running sequences hold.
         token_budget: the most packed tokens of one step; at least ``cache.num_slots`` plus 33, so
             that a prompt always moves beside a full batch of decoding sequences.
-        max_chunk: the most tokens of one prompt in one step, at least 33.
+        max_chunk: the most tokens of one prompt in one step, 33 to 512.
         refill: whether a freed slot is given away before all others are free too; False gives
             the fixed batches that continuous batching is measured against.
     """
@@ -50,8 +50,8 @@ class Scheduler:
     def __init__(
         self, cache: SlotCache, *, token_budget: int, max_chunk: int, refill: bool = True
     ) -> None:
-        if max_chunk < MIN_CHUNK:
-            raise ValueError(f"max_chunk must be at least {MIN_CHUNK}, not {max_chunk}")
+        if not MIN_CHUNK <= max_chunk <= MAX_CHUNK:
+            raise ValueError(f"max_chunk must lie in {MIN_CHUNK} to {MAX_CHUNK}, not {max_chunk}")
         if token_budget < cache.num_slots + MIN_CHUNK:
             raise ValueError(
                 f"token_budget must be at least {cache.num_slots + MIN_CHUNK} for "

@@ -56,11 +56,6 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
-    def max_total_tokens(self) -> int:
-        """Tokens that it may come to hold."""
-        return self.num_prompt_tokens + self.params.max_tokens
-
-    @property
     def in_prompt(self) -> bool:
         """Whether prompt tokens are still missing from the cache."""
         return self.cache_len < self.num_prompt_tokens

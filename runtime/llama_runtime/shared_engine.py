@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from llama_runtime.engine import Engine, TokenEvent
@@ -49,6 +51,7 @@ class SharedEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._lock = threading.Lock()
+        self._turn = threading.Lock()  # held while waiting for the lock, so that turns alternate
         self._inboxes: dict[int, Inbox] = {}
         self._dropped: deque[Sequence] = deque()
         self._stats = Stats()
@@ -67,7 +70,7 @@ class SharedEngine:
             CaravanError: this was closed, or the process is a fork of the one that loaded it.
         """
         self._check_usable()
-        with self._lock:
+        with self._next():
             self._abort_dropped()
             seq = self._engine.add(prompt_token_ids, params)
             self._inboxes[seq.id] = inbox
@@ -78,7 +81,7 @@ class SharedEngine:
         """Step until there is an event in ``inbox``, which is that of a sequence in flight."""
         while not inbox:
             self._check_usable()
-            with self._lock:
+            with self._next():
                 if not inbox and not self.closed:
                     self._step()
 
@@ -119,6 +122,16 @@ class SharedEngine:
                 self.closed = True
                 self._inboxes.clear()
                 self._engine.close()
+
+    @contextmanager
+    def _next(self) -> Iterator[None]:
+        """The lock, in turns: alone it would go to the thread that has just released it."""
+        with self._turn:
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _abort_dropped(self) -> None:
         while self._dropped:

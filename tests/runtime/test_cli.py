@@ -158,7 +158,7 @@ WRONG_USES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     ),
     "max-len": (
         lambda f: ["batch", f / "prompts.txt", "--max-len", 513],
-        "max_len must lie in 1 to 512, not 513",
+        "max_len must lie in 2 to 512, not 513",
     ),
     "max-batch": (lambda f: ["batch", f / "prompts.txt", "--max-batch", 0], "'--max-batch'"),
     "unknown option": (lambda f: ["batch", f / "prompts.txt", "--fast"], "--fast"),

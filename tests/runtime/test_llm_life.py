@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,13 @@ import numpy as np
 import pytest
 
 from llama_runtime.completion import Completion, Request
-from llama_runtime.errors import BackendError, BundleError, CaravanError, RequestError
+from llama_runtime.errors import (
+    BackendError,
+    BundleError,
+    CapacityError,
+    CaravanError,
+    RequestError,
+)
 from llama_runtime.llm import LLM
 from llama_runtime.params import SamplingParams
 
@@ -242,7 +250,7 @@ def test_use_after_fork_is_refused_and_never_hangs(tiny_bundle: Path) -> None:
     ("name", "value", "limit"),
     [
         *(("max_batch", value, 1024) for value in (0, -1, 1025, True, 1.0, "4", None)),
-        *(("max_len", value, 256) for value in (0, -1, 257, True, 20.0, "20")),
+        *(("max_len", value, 256) for value in (0, 1, -1, 257, True, 20.0, "20")),
         *(("threads", value, 1024) for value in (0, -1, 1025, True, 1.0, "1")),
     ],
 )
@@ -252,7 +260,8 @@ def test_a_limit_out_of_range_is_refused_by_name(
     with pytest.raises(RequestError) as refusal:
         LLM(tiny_bundle, **{"max_batch": 1, "threads": 1, name: value})
     assert refusal.value.param == name
-    assert str(refusal.value) == f"{name} must lie in 1 to {limit}, not {value!r}"
+    low = 2 if name == "max_len" else 1
+    assert str(refusal.value) == f"{name} must lie in {low} to {limit}, not {value!r}"
 
 
 def test_by_default_max_len_is_the_models_limit(tiny_bundle: Path) -> None:
@@ -266,3 +275,34 @@ def test_by_default_max_len_is_the_models_limit(tiny_bundle: Path) -> None:
 def test_a_bundle_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="nowhere"):
         LLM(tmp_path / "nowhere")
+
+
+def test_a_stream_that_is_never_read_gives_its_slot_back(own: LLM) -> None:
+    streams = [own.stream("Hello", TEN) for _ in range(3)]
+    assert own.stats().waiting == 3
+    del streams
+    gc.collect()
+    stats = own.stats()
+    assert (stats.running, stats.waiting, stats.finished) == (0, 0, 3)
+
+
+def test_a_stream_says_its_seed_and_a_with_block_ends_it(own: LLM) -> None:
+    params = SamplingParams(max_tokens=10, temperature=1.0, ignore_eos=True)
+    with own.stream("Hello", params) as stream:
+        assert stream.num_prompt_tokens == 5
+        first = next(stream)
+    assert own.stats().running == 0
+    assert list(stream) == []
+    (again,) = own.generate("Hello", replace(params, seed=stream.seed))
+    assert again.token_ids[0] == first.token_id
+
+
+def test_an_error_among_many_prompts_says_which(own: LLM) -> None:
+    with pytest.raises(CapacityError) as refusal:
+        own.generate(["a", "b" * 500, "c"], TEN)
+    assert refusal.value.__notes__ == ["prompt 1 of 3"]
+
+
+def test_one_text_is_no_batch(own: LLM) -> None:
+    with pytest.raises(RequestError, match="a list of texts"):
+        own.generate_batch("abc")

@@ -17,7 +17,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from llama_runtime.detokenizer import Detokenizer, TokenBytes
 from llama_runtime.params import MAX_SEED, SamplingParams
-from llama_runtime.sampling import CANDIDATES, NOT_FINITE, draw, sample, uniform
+from llama_runtime.sampling import NOT_FINITE, draw, sample, uniform
 from llama_runtime.sequence import Sequence
 
 Row = npt.NDArray[np.float32]
@@ -171,17 +171,18 @@ def test_top_k_of_1_is_greedy_unless_logits_are_equal(row: list[float]) -> None:
     assert support(logits, SamplingParams(temperature=100, top_k=1)) == {1}
 
 
-@pytest.mark.parametrize("top_k", [0, CANDIDATES - 1, CANDIDATES + 1, 4 * CANDIDATES])
+@pytest.mark.parametrize("top_k", [0, 255, 257, 1024, 4097])
 def test_a_nucleus_larger_than_the_candidates_is_found_too(top_k: int) -> None:
-    row = np.random.default_rng(3).normal(size=8 * CANDIDATES).astype(np.float32)
-    row /= 4
+    row = np.random.default_rng(3).normal(size=6000).astype(np.float32)
+    row /= 4  # so flat that 0.9 of the mass needs more than 4,096 tokens
     for top_p in (0.01, 0.2, 0.9):
         params = SamplingParams(temperature=1, top_k=top_k, top_p=top_p)
         kept = np.flatnonzero(warped(row, params))
         order = kept[np.argsort(-row[kept], kind="stable")]
         edges = np.cumsum(warped(row, params)[order])
         numbers = np.concatenate([[0.0], (edges[:-1] + edges[1:]) / 2])
-        assert [draw(row, params, number) for number in numbers] == order.tolist()
+        drawn = [draw(row, params, number) for number in numbers[::29]]
+        assert drawn == order[::29].tolist()
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 3, "top_p": 0.9}])

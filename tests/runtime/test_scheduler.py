@@ -34,7 +34,7 @@ def sequence(num_prompt_tokens: int, max_tokens: int = 8) -> Sequence:
 
 
 def scheduler(
-    num_slots: int, token_budget: int = 1000, max_chunk: int = 1000, *, refill: bool = True
+    num_slots: int, token_budget: int = 1000, max_chunk: int = 512, *, refill: bool = True
 ) -> Scheduler:
     cache = SlotCache(num_slots, max_len=2000)
     return Scheduler(cache, token_budget=token_budget, max_chunk=max_chunk, refill=refill)
@@ -229,8 +229,10 @@ def test_prompts_of_one_length_get_their_first_tokens_in_order_of_arrival(
 
 
 def test_limits_under_which_a_prompt_might_never_move_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"max_chunk must be at least 33, not 32"):
+    with pytest.raises(ValueError, match=r"max_chunk must lie in 33 to 512, not 32"):
         scheduler(4, max_chunk=32)
+    with pytest.raises(ValueError, match=r"max_chunk must lie in 33 to 512, not 513"):
+        scheduler(4, max_chunk=513)
     with pytest.raises(ValueError, match=r"token_budget must be at least 37 for 4 slots, not 36"):
         scheduler(4, token_budget=36)
     scheduler(4, token_budget=37, max_chunk=33)

@@ -97,11 +97,11 @@ class Scan:
     Attributes:
         rows: how many there are.
         longest: prompt and completion tokens of the longest one that the model can take, at
-            least 1.
+            least 2, as for any model.
     """
 
     rows: int = 0
-    longest: int = 1
+    longest: int = 2
 
     def read(self, rows: Iterable[Row], recipe: Recipe | None) -> None:
         """Count the rows, and measure them.
