@@ -32,7 +32,7 @@ NEAR_TIE = 1e-3  # two logits this close may change places
 PROMPT_LENGTHS = (1, 2, 33, 34, 97, 7, 65, 3)
 COMPLETION_LENGTHS = (12, 3, 8, 5, 6, 10, 2, 9)
 NUM_SLOTS = 3
-MAX_CHUNK = 64
+PROMPT_CHUNK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def verify(
     """
     geometry = bundle.manifest.geometry
     longest = min(geometry.max_positions, max(PROMPT_LENGTHS) + max(COMPLETION_LENGTHS))
-    capacity = cache_capacity(longest, MAX_CHUNK)
+    capacity = cache_capacity(longest, PROMPT_CHUNK)
     session = open_session(bundle.graph_path(SLOTS.name), default_threads())
     graph = OrtCpu(session, geometry, num_slots=NUM_SLOTS, capacity=capacity)
     compared = ComparedBackend(graph, decoder, NUM_SLOTS, capacity)
@@ -101,8 +101,8 @@ def verify(
         vocab_size=geometry.vocab_size,
         max_batch=NUM_SLOTS,
         max_len=longest,
-        token_budget=NUM_SLOTS + 2 * MAX_CHUNK,
-        max_chunk=MAX_CHUNK,
+        token_budget=NUM_SLOTS + 2 * PROMPT_CHUNK,
+        max_chunk=PROMPT_CHUNK,
     )
     tokens = np.random.default_rng(0)
     for length, count in zip(PROMPT_LENGTHS, COMPLETION_LENGTHS, strict=True):
