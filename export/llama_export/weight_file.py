@@ -58,7 +58,7 @@ def write_weights(
         tensors: the same names in the same order, each read when it is written.
 
     Raises:
-        ExportError: the tensors are not those that ``shapes`` promised.
+        ExportError: the tensors are not those that ``shapes`` promised, or a value isn't finite.
     """
     with path.open("wb") as file:
         file.write(_header(shapes))
@@ -69,6 +69,8 @@ def write_weights(
                     f"expected the weights {name} {shape}, got {given} {tuple(tensor.shape)}"
                 )
             contiguous = np.ascontiguousarray(tensor, dtype=np.float32)
+            if not np.isfinite(contiguous).all():
+                raise ExportError(f"the weights {name} hold values that are not finite numbers")
             file.write(contiguous.data)
             written += contiguous.nbytes
             yield written

@@ -11,13 +11,14 @@ import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llama_decoder.errors import CheckpointError
 from llama_decoder.tiny import random_weights, tiny_config
 from llama_export.build import build_bundle, verify_bundle
 from llama_export.errors import ExportError
+from llama_runtime.backends.ort_cpu import OrtCpu
 from llama_runtime.bundle import describe_file, open_bundle
 from llama_runtime.contract import LOGITS, SLOTS
 from llama_runtime.errors import BundleError
+from llama_runtime.step_batch import Step
 
 TYPES = {"float32": 1, "int32": 6, "int64": 7}
 
@@ -124,6 +125,19 @@ def test_failed_gate_leaves_nothing(
     assert names(tmp_path) == set()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_graph_that_gives_no_numbers_fails_the_gate(
+    value: float, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: OrtCpu, step: Step) -> np.ndarray:
+        return np.full((len(step.logits_rows), tiny_config().vocab_size), value, np.float32)
+
+    monkeypatch.setattr(OrtCpu, "run", broken)
+    with pytest.raises(ExportError, match="differ by up to inf"):
+        build_bundle(tiny_model, tmp_path / "out")
+    assert names(tmp_path) == set()
+
+
 def test_output_in_use_is_refused_before_anything_runs(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years")
@@ -166,6 +180,6 @@ def test_weights_that_are_not_numbers_are_refused(tiny_model: Path, tmp_path: Pa
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"][3] = np.nan
     save_file(weights, model / "model.safetensors")
-    with pytest.raises((ExportError, CheckpointError), match="not finite"):
+    with pytest.raises(ExportError, match=r"model\.norm\.weight hold values that are not finite"):
         build_bundle(model, tmp_path / "out")
     assert names(tmp_path) == {"model"}
