@@ -440,6 +440,22 @@ def test_a_failing_backend_fails_all_in_flight_and_stops_the_engine(
     assert backend.num_steps == 2
 
 
+def test_a_backend_that_fails_in_a_way_of_its_own_stops_the_engine_too(
+    make: Callable[..., Engine],
+) -> None:
+    backend = Scripted(spell("abcdef"))
+    engine = make(backend, max_batch=2)
+    engine.add([5], greedy(5))
+    backend.failure = MemoryError("no room")
+    (event,) = engine.step()
+    assert isinstance(event.error, BackendError)
+    assert event.error.__cause__ is backend.failure
+    assert "no room" in str(event.error)
+    engine.check()
+    with pytest.raises(BackendError, match=r"the engine has stopped: .*no room"):
+        engine.add([5], greedy(1))
+
+
 def test_closing_aborts_what_is_left_and_closes_the_backend_once(
     make: Callable[..., Engine],
 ) -> None:
