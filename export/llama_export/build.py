@@ -77,12 +77,11 @@ def build_bundle(
     stages = stages or Stages()
     check_output(output, force=force)
     checkpoint = open_checkpoint(model)
-    with _new_directory(output) as directory:
-        try:
-            manifest = _write_bundle(checkpoint, directory, stages)
-        except OSError as error:
-            raise ExportError(f"{output} can't be written: {error}") from error
-    return manifest
+    try:
+        with _new_directory(output) as directory:
+            return _write_bundle(checkpoint, directory, stages)
+    except OSError as error:
+        raise ExportError(f"{output} can't be written: {error}") from error
 
 
 def verify_bundle(path: Path, model: Path, *, stages: Stages | None = None) -> Verification:
@@ -136,7 +135,7 @@ def check_output(output: Path, *, force: bool) -> None:
         open_bundle(output, verify="size")  # which refuses files that are not the bundle's
     except BundleError as error:
         raise ExportError(
-            f"{output} holds no bundle, so --force will not replace it: {error}"
+            f"{output} holds no bundle that is whole, so --force will not replace it: {error}"
         ) from error
 
 
@@ -197,8 +196,9 @@ def _record(directory: Path, manifest: Manifest, result: Verification) -> Manife
 def _source(checkpoint: Checkpoint) -> Source:
     """Name and hash of the checkpoint; of several files, the hash of what sha256sum prints."""
     digests = checkpoint.sha256()
-    (digest,) = digests.values() if len(digests) == 1 else [""]
-    if not digest:
+    if len(digests) == 1:
+        (digest,) = digests.values()
+    else:
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
         digest = hashlib.sha256(lines.encode()).hexdigest()
     name = checkpoint.path.resolve().name

@@ -121,6 +121,8 @@ def _errors() -> Iterator[None]:
         yield
     except CaravanError as error:
         raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{error.filename}: {error.strerror}") from error
     except KeyboardInterrupt:
         click.echo("interrupted: nothing was left behind", err=True)
         raise SystemExit(130) from None

@@ -72,6 +72,14 @@ def test_wrong_model_is_one_sentence(model: object, sentence: str, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_output_that_cannot_be_made_is_one_sentence(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = run("build", tiny_model, "-o", tmp_path / "file" / "out", "-q")
+    assert code == 1
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1
+
+
 def test_without_model_it_says_how_to_get_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
