@@ -40,7 +40,7 @@ def torch_free(
     (blocker / "sitecustomize.py").write_text(SITECUSTOMIZE)
     return {
         **os.environ,
-        "PYTHONPATH": os.fspath(blocker),
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.fspath(blocker), os.getenv("PYTHONPATH")])),
         "LLAMA_RUN_BUNDLE": os.fspath(real_bundle),
     }
 
