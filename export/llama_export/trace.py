@@ -19,6 +19,7 @@ import torch
 
 from llama_decoder.decoder import LlamaDecoder
 from llama_export.errors import ExportError
+from llama_export.passes import fold_residuals, separate_factors
 from llama_export.weight_file import Region
 from llama_runtime.contract import LOGITS, Dialect
 
@@ -73,6 +74,7 @@ def trace_decoder(decoder: LlamaDecoder, dialect: Dialect) -> ir.Model:
         raise ExportError("torch.onnx.export returned no program")
     model = program.model
     _name_axes(model, dialect, config.num_layers)
+    fold_residuals(model)
     return model
 
 
@@ -91,6 +93,8 @@ def save_graph(
     unused = sorted(set(regions) - set(initializers))
     if unused:
         raise ExportError(f"the traced graph lost the weights {', '.join(unused[:5])}")
+    twins = separate_factors(model)
+    regions = {**regions, **{twin: regions[name] for twin, name in twins.items()}}
     for name, value in initializers.items():
         tensor = value.const_value
         region = regions.get(name)

@@ -130,6 +130,7 @@ class ComparedBackend:
     def __init__(
         self, backend: Backend, decoder: LlamaDecoder, num_slots: int, capacity: int
     ) -> None:
+        self.row_multiple = backend.row_multiple
         self._backend = backend
         self._decoder = decoder
         self._cache = decoder.empty_cache(num_slots, capacity)

@@ -125,7 +125,7 @@ DIALECTS = {dialect.name: dialect for dialect in (SLOTS,)}
 # kernels (docs/architecture.md gives the reason of each, tests/laws breaks each once).
 MIN_WIDTH = 2  # S: one column selects another attention kernel for the whole batch
 CHUNK_MULTIPLE = 32  # prompt chunks end at multiples of it, but for the last
-ROW_MULTIPLE = 4  # N and R are padded to multiples of it
+MAX_ROW_MULTIPLE = 4  # N and R are padded to multiples of 1, 2 or 4, as the kernels need
 MIN_CHUNK = CHUNK_MULTIPLE + 1  # the longest last chunk, which is never split
 MAX_CHUNK = 512  # the RoPE table reaches this far past the model's longest sequence
 
@@ -145,3 +145,12 @@ def cache_capacity(max_len: int, max_chunk: int) -> int:
     A chunk is padded to the widest of its step, and the padded cells too must lie in the buffer.
     """
     return max_len + max(MIN_WIDTH, min(max_chunk, max_len))
+
+
+def prompt_chunk(max_batch: int) -> int:
+    """The most prompt tokens of one sequence in one step, in a service of so many slots.
+
+    Longer ones would stall the streams beside them. Attention unpacks a step into B times S padded
+    cells, so in a large batch they are shorter, as far as the rules of ``slots`` allow.
+    """
+    return max(MIN_CHUNK, min(128, 8192 // max_batch))

@@ -81,7 +81,7 @@ class Engine:
         self._scheduler = Scheduler(
             self._cache, token_budget=token_budget, max_chunk=max_chunk, refill=refill
         )
-        self._step_batch = StepBatch(max_batch, token_budget, max_chunk)
+        self._step_batch = StepBatch(max_batch, token_budget, max_chunk, backend.row_multiple)
         self._sequences: dict[int, Sequence] = {}
         self._next_id = 0
 
@@ -120,6 +120,10 @@ class Engine:
             raise BackendError(f"the engine has stopped: {self.failure}") from self.failure
         if self.closed:
             raise CaravanError("the engine is closed")
+        if not isinstance(params, SamplingParams):
+            raise RequestError(
+                f"params must be SamplingParams, not {type(params).__name__}", param="params"
+            )
         token_ids = self._checked_prompt(prompt_token_ids, params)
         seq = Sequence(
             id=self._next_id,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from llama_runtime.contract import MIN_WIDTH, ROW_MULTIPLE
+from llama_runtime.contract import MAX_ROW_MULTIPLE, MIN_WIDTH
 from llama_runtime.scheduler import Chunk
 
 Int64s = npt.NDArray[np.int64]
@@ -46,13 +46,21 @@ class StepBatch:
         num_slots: B.
         token_budget: the most tokens of a step.
         max_chunk: the most tokens of one sequence in a step.
+        row_multiple: N and R are padded to multiples of it; see ``Backend``.
     """
 
-    def __init__(self, num_slots: int, token_budget: int, max_chunk: int) -> None:
-        num_rows = _padded(token_budget)
+    def __init__(
+        self,
+        num_slots: int,
+        token_budget: int,
+        max_chunk: int,
+        row_multiple: int = MAX_ROW_MULTIPLE,
+    ) -> None:
+        self._row_multiple = row_multiple
+        num_rows = padded(token_budget, row_multiple)
         self._input_ids = np.zeros(num_rows, np.int64)
         self._pack = np.zeros(num_rows, np.int64)
-        self._logits_rows = np.zeros(_padded(num_slots), np.int64)
+        self._logits_rows = np.zeros(padded(num_slots, row_multiple), np.int64)
         self._unpack = np.zeros(num_slots * max(MIN_WIDTH, max_chunk), np.int64)
         self._seqlens_k = np.zeros(num_slots, np.int32)
         self._query_seqlens = np.zeros(num_slots, np.int32)
@@ -87,7 +95,8 @@ class StepBatch:
                 self._logits_rows[num_logits] = end - 1
                 num_logits += 1
             row = end
-        num_rows, num_heads = _padded(row), _padded(num_logits)
+        num_rows = padded(row, self._row_multiple)
+        num_heads = padded(num_logits, self._row_multiple)
         self._input_ids[row:num_rows] = self._input_ids[0]
         self._pack[row:num_rows] = self._pack[0]
         self._logits_rows[num_logits:num_heads] = 0
@@ -105,5 +114,6 @@ class StepBatch:
         )
 
 
-def _padded(count: int) -> int:
-    return -(-count // ROW_MULTIPLE) * ROW_MULTIPLE
+def padded(count: int, multiple: int) -> int:
+    """The least multiple that is no smaller than a count."""
+    return -(-count // multiple) * multiple

@@ -50,6 +50,7 @@ class Recorded:
     """A backend that keeps a digest of every row of logits that is sampled."""
 
     def __init__(self, backend: OrtCpu) -> None:
+        self.row_multiple = backend.row_multiple
         self._backend = backend
         self.rows: dict[int, list[bytes]] = {}
 
@@ -85,15 +86,24 @@ class Runner:
         self.geometry = bundle.manifest.geometry
         self._session: Any = open_session(bundle.graph_path(SLOTS.name), threads)
         self._token_bytes = Tokenizer(bundle.tokenizer_path).byte_table
+        # Found out once, as `LLM` does when it loads.
+        self.row_multiple = self._backend(num_slots=1, capacity=2).row_multiple
+
+    def _backend(self, num_slots: int, capacity: int, row_multiple: int | None = None) -> OrtCpu:
+        return OrtCpu(
+            self._session,
+            self.geometry,
+            num_slots=num_slots,
+            capacity=capacity,
+            row_multiple=row_multiple,
+        )
 
     def run(
         self, requests: list[Request], slots: int, budget: int, chunk: int, choose: random.Random
     ) -> tuple[list[Trace], int]:
         """The trace of each request, and how many were aborted on the way."""
         capacity = cache_capacity(MAX_LEN, chunk)
-        recorded = Recorded(
-            OrtCpu(self._session, self.geometry, num_slots=slots, capacity=capacity)
-        )
+        recorded = Recorded(self._backend(slots, capacity, self.row_multiple))
         engine = Engine(
             recorded,
             self._token_bytes,

@@ -31,6 +31,8 @@ class Scripted:
     A token id makes it likeliest; a float fills the row.
     """
 
+    row_multiple = 1
+
     def __init__(self, script: Script) -> None:
         self._script = script
         self.failure: Exception | None = None

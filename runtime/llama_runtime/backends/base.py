@@ -13,6 +13,10 @@ from llama_runtime.step_batch import Step
 class Backend(Protocol):
     """Runs steps over a cache that it owns. Used from one thread at a time."""
 
+    @property
+    def row_multiple(self) -> int:
+        """N and R must be multiples of it, so that no row's bits depend on how many there are."""
+
     def run(self, step: Step) -> npt.NDArray[np.float32]:
         """Run one forward and write the new tokens into the cache.
 

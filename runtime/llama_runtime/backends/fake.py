@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from llama_runtime.contract import MAX_ROW_MULTIPLE
 from llama_runtime.errors import BackendError
 from llama_runtime.step_batch import Step
 
@@ -24,6 +25,8 @@ class Fake:
         capacity: C.
         vocab_size: V.
     """
+
+    row_multiple = MAX_ROW_MULTIPLE
 
     def __init__(self, num_slots: int, capacity: int, vocab_size: int) -> None:
         self._cache = np.full((num_slots, capacity), -1, np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llama_runtime.contract import LOGITS, ROW_MULTIPLE, SLOTS, Geometry
+from llama_runtime.backends.row_probe import PROBE_CAPACITY, PROBE_SLOTS, least_row_multiple
+from llama_runtime.contract import LOGITS, MAX_ROW_MULTIPLE, SLOTS, Geometry
 from llama_runtime.errors import BackendError, DependencyError
+from llama_runtime.graph_file import check_graph
 from llama_runtime.kv_cache import cache_buffers
 from llama_runtime.machine import default_threads
-from llama_runtime.step_batch import Step
+from llama_runtime.step_batch import Step, padded
+
+# Distributions that bring the package onnxruntime.
+DISTRIBUTIONS = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-training",
+    "onnxruntime-directml",
+    "onnxruntime-openvino",
+    "onnxruntime-qnn",
+)
+_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "int32": "tensor(int32)"}
 
 
 class OrtCpu:
@@ -25,12 +39,26 @@ class OrtCpu:
         geometry: the model's numbers.
         num_slots: B.
         capacity: C.
+        row_multiple: see ``Backend``; None asks the one-row probe.
+
+    Raises:
+        BackendError: the graph's inputs and outputs are not those of the dialect and the geometry.
     """
 
-    def __init__(self, session: Any, geometry: Geometry, *, num_slots: int, capacity: int) -> None:
+    def __init__(
+        self,
+        session: Any,
+        geometry: Geometry,
+        *,
+        num_slots: int,
+        capacity: int,
+        row_multiple: int | None = None,
+    ) -> None:
+        _check_contract(session, geometry)
+        self.row_multiple = row_multiple or _probe(session, geometry)
         self._session = session
         self._binding = self._session.io_binding()
-        rows = -(-num_slots // ROW_MULTIPLE) * ROW_MULTIPLE
+        rows = padded(num_slots, MAX_ROW_MULTIPLE)
         self._logits = np.zeros((rows, geometry.vocab_size), np.float32)
         self._cache = cache_buffers(geometry, num_slots, capacity)
         for past, present, buffer in zip(
@@ -71,9 +99,10 @@ def open_session(graph: Path, threads: int) -> Any:
         An ``onnxruntime.InferenceSession``.
 
     Raises:
-        DependencyError: onnxruntime is missing or too old.
-        BackendError: the graph can't be loaded.
+        DependencyError: onnxruntime is missing, too old or installed twice.
+        BackendError: the graph can't be loaded, or breaks a rule of ``graph_file``.
     """
+    check_graph(graph)
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -87,17 +116,80 @@ def open_session(graph: Path, threads: int) -> Any:
         raise BackendError(f"{graph} can't be loaded: {error}") from error
 
 
+def _check_contract(session: Any, geometry: Geometry) -> None:
+    """Compare what the graph takes and gives with the contract, before anything is allocated."""
+    sizes = {"K": geometry.num_kv_heads, "D": geometry.head_dim, "V": geometry.vocab_size}
+    inputs = (*SLOTS.inputs, *SLOTS.cache_inputs(geometry.num_layers))
+    outputs = (LOGITS, *SLOTS.cache_outputs(geometry.num_layers))
+    for values, specs in ((session.get_inputs(), inputs), (session.get_outputs(), outputs)):
+        has = {
+            value.name: (value.type, [n if isinstance(n, int) else None for n in value.shape])
+            for value in values
+        }
+        needs = {
+            spec.name: (_TYPES[spec.dtype], [sizes.get(axis) for axis in spec.axes])
+            for spec in specs
+        }
+        for name in sorted(has.keys() | needs.keys()):
+            if has.get(name) != needs.get(name):
+                raise BackendError(
+                    f"the graph doesn't fit its manifest: {name!r:.80} is {_shown(has.get(name))} "
+                    f"and must be {_shown(needs.get(name))}: rebuild it with llama-export build"
+                )
+
+
+def _shown(value: tuple[str, list[int | None]] | None) -> str:
+    if value is None:
+        return "absent"
+    kind, shape = value
+    return f"{kind} [{', '.join('?' if size is None else str(size) for size in shape)}]"
+
+
+def _probe(session: Any, geometry: Geometry) -> int:
+    backend = OrtCpu(
+        session,
+        geometry,
+        num_slots=PROBE_SLOTS,
+        capacity=PROBE_CAPACITY,
+        row_multiple=MAX_ROW_MULTIPLE,
+    )
+    return least_row_multiple(backend.run, geometry.vocab_size)
+
+
 def _bind(bind: Any, name: str, array: npt.NDArray[Any]) -> None:
     """Bind an array where it lies: no copy on the way in or out."""
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def check_installed_once() -> None:
+    """Refuse two distributions of one package, without importing it.
+
+    Raises:
+        DependencyError: each of them has overwritten files of the other.
+    """
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    found = []
+    for name in DISTRIBUTIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            distribution(name)
+            found.append(name)
+    if len(found) > 1:
+        raise DependencyError(
+            f"{' and '.join(found)} are both installed, and each has overwritten files of the "
+            f"other: pip uninstall {' '.join(found)}, then pip install the one you want, such as "
+            "'llama-caravan[cpu]'"
+        )
 
 
 def import_onnxruntime() -> Any:
     """The onnxruntime module, its telemetry off.
 
     Raises:
-        DependencyError: it is missing, or lacks the attention operator's ragged form.
+        DependencyError: it is missing, installed twice, or lacks the attention operator's ragged
+            form.
     """
+    check_installed_once()
     before = os.environ.get("ORT_DISABLE_TELEMETRY")
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read once, while the library loads
     try:

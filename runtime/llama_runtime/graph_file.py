@@ -1,0 +1,256 @@
+"""Look at an ONNX file before ONNX Runtime does.
+
+A graph is a program, and ONNX Runtime runs parts of it while it loads. Here it is read without
+being run, so that one made to harm is refused: it may use the operators that the exporter emits and
+no others, has no loops, functions or computations on constants, and its weights lie in regular
+files beside it, each where the graph says and as long as its shape. A graph within these rules can
+still ask for much memory when it runs; it can't run for ever, nor read another file.
+
+Standard library only. The format: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+from llama_runtime.errors import BackendError
+
+MAX_GRAPH_BYTES = 2**26  # that of 30 layers has less than 2^20
+MAX_DIMENSIONS = 8
+
+# What the exporter emits, by domain.
+OPERATORS = {
+    "": frozenset(
+        {"Add", "Gather", "Gemm", "Mul", "RMSNormalization", "Reshape", "Sigmoid", "Split"}
+    ),
+    "com.microsoft": frozenset({"GroupQueryAttention"}),
+}
+
+# Bits of one element, by the number of the type in onnx.proto.
+_BITS = {1: 32, 2: 8, 3: 8, 6: 32, 7: 64, 10: 16, 16: 16, 21: 4, 22: 4}
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+Fields = Iterator[tuple[int, int | memoryview]]
+
+
+def check_graph(path: Path) -> None:
+    """Refuse a graph that could do something else than one forward pass over its own weights.
+
+    Args:
+        path: an ONNX file; its weights are looked for in its folder.
+
+    Raises:
+        BackendError: the file isn't an ONNX graph, or breaks a rule of this module.
+    """
+    try:
+        _check_model(memoryview(_contents(path)), path.parent)
+    except _RefusedError as error:
+        raise BackendError(
+            f"{path} can't be loaded: {error}; rebuild it with llama-export build"
+        ) from error
+    except OSError as error:
+        raise BackendError(f"{path} can't be loaded: {error.strerror}") from error
+
+
+class _RefusedError(Exception):
+    """Why a graph is refused."""
+
+
+def _contents(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > MAX_GRAPH_BYTES:
+        raise _RefusedError(f"it has {size:,} bytes and a graph has {MAX_GRAPH_BYTES:,} at most")
+    return path.read_bytes()
+
+
+def _check_model(model: memoryview, folder: Path) -> None:
+    graph = _Graph(folder)
+    for number, value in _fields(model):
+        if number == 7:
+            graph.read(_message(value))
+        elif number in (20, 25):
+            raise _RefusedError("it has functions or training steps of its own")
+    graph.close()
+
+
+class _Graph:
+    """The rules of a graph, checked while it is read; a format that repeats it goes on with it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._constants: set[str] = set()
+        self._nodes: list[tuple[str, list[str]]] = []
+
+    def read(self, graph: memoryview) -> None:
+        for number, value in _fields(graph):
+            if number == 1:
+                self._read_node(_message(value))
+            elif number == 5:
+                self._read_initializer(_message(value))
+            elif number == 15:
+                raise _RefusedError("it has sparse weights")
+
+    def close(self) -> None:
+        """Check what needs the whole graph."""
+        if not self._nodes:
+            raise _RefusedError("it is not an ONNX graph")
+        for operator, inputs in self._nodes:
+            if self._constants.issuperset(inputs):
+                raise _RefusedError(f"one of its operators {operator} works on constants alone")
+
+    def _read_node(self, node: memoryview) -> None:
+        inputs, operator, domain = [], "", ""
+        for number, value in _fields(node):
+            if number == 1:
+                inputs.append(_text(value))
+            elif number == 4:
+                operator = _text(value)
+            elif number == 5:
+                _check_attribute(_message(value))
+            elif number == 7:
+                domain = _text(value)
+        if operator not in OPERATORS.get(domain, ()):
+            raise _RefusedError(f"it uses the operator {f'{domain}.{operator}'.lstrip('.')!r:.80}")
+        self._nodes.append((operator, [name for name in inputs if name]))
+
+    def _read_initializer(self, tensor: memoryview) -> None:
+        weights = _Weights(tensor)
+        if weights.kind not in _BITS:
+            raise _RefusedError(f"{weights} are of the unknown type {weights.kind}")
+        if len(weights.dims) > MAX_DIMENSIONS or min(weights.dims, default=1) < 1:
+            raise _RefusedError(f"{weights} have the shape {weights.dims!r:.80}")
+        num_bytes = -(-prod(weights.dims) * _BITS[weights.kind] // 8)
+        if weights.place:
+            self._check_place(weights, num_bytes)
+        elif num_bytes > 8 * weights.stored:  # a number of a packed list takes a byte at least
+            raise _RefusedError(f"{weights} of the shape {weights.dims!r:.80} are not in the file")
+        self._constants.add(weights.name)
+
+    def _check_place(self, weights: _Weights, num_bytes: int) -> None:
+        location = weights.place.get("location", "")
+        if location in ("", ".", "..") or set(location) & set("/\\:\0*"):
+            raise _RefusedError(f"{weights} lie in {location!r:.80}, not beside it")
+        try:
+            offset = int(weights.place.get("offset", "0"))
+            length = int(weights.place.get("length", str(num_bytes)))
+        except ValueError:
+            raise _RefusedError(f"the place of {weights} is not a number") from None
+        try:
+            status = (self._folder / location).lstat()
+        except OSError as error:
+            problem = f"{weights} lie in {location!r:.80}: {error.strerror}"
+            raise _RefusedError(problem) from error
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            raise _RefusedError(f"{weights} lie in {location!r:.80}, a link or no regular file")
+        if length != num_bytes or offset < 0 or offset + length > status.st_size:
+            raise _RefusedError(
+                f"{weights} need {num_bytes:,} bytes and are said to have {length:,} at "
+                f"{offset:,} of {location!r:.80}, which has {status.st_size:,}"
+            )
+
+
+class _Weights:
+    """What a TensorProto says about itself."""
+
+    def __init__(self, tensor: memoryview) -> None:
+        self.dims: list[int] = []
+        self.kind, self.name, self.stored = 0, "", 0
+        self.place: dict[str, str] = {}
+        for number, value in _fields(tensor):
+            if number == 1:
+                self.dims += _integers(value)
+            elif number == 2:
+                self.kind = _integer(value)
+            elif number == 8:
+                self.name = _text(value)
+            elif number == 13:
+                key, text = _entry(_message(value))
+                self.place[key] = text
+            elif isinstance(value, memoryview):  # the values themselves, and documentation
+                self.stored += len(value)
+
+    def __str__(self) -> str:
+        return f"the weights {self.name!r:.80}"
+
+
+def _check_attribute(attribute: memoryview) -> None:
+    """Numbers and texts are harmless; graphs are loops and branches, tensors are constants."""
+    for number, _ in _fields(attribute):
+        if number in (5, 6, 10, 11, 14, 15, 22, 23):
+            raise _RefusedError("one of its operators has a graph or a tensor of its own")
+
+
+def _entry(message: memoryview) -> tuple[str, str]:
+    """A key and its text."""
+    parts = {1: "", 2: ""}
+    for number, value in _fields(message):
+        if number in parts:
+            parts[number] = _text(value)
+    return parts[1], parts[2]
+
+
+def _fields(message: memoryview) -> Fields:
+    """The fields of a protocol buffers message: their numbers, and integers or bytes."""
+    position, end = 0, len(message)
+    while position < end:
+        key, position = _varint(message, position)
+        number, wire = key >> 3, key & 7
+        if wire == _VARINT:
+            value, position = _varint(message, position)
+            yield number, value
+            continue
+        if wire == _BYTES:
+            size, position = _varint(message, position)
+        elif wire in (_FIXED32, _FIXED64):
+            size = 4 if wire == _FIXED32 else 8
+        else:
+            raise _RefusedError("it is not an ONNX graph")
+        if size > end - position:
+            raise _RefusedError("it is not an ONNX graph, or cut short")
+        yield number, message[position : position + size]
+        position += size
+
+
+def _varint(message: memoryview, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while position < len(message) and shift < 70:
+        byte = message[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+    raise _RefusedError("it is not an ONNX graph, or cut short")
+
+
+def _message(value: int | memoryview) -> memoryview:
+    if isinstance(value, int):
+        raise _RefusedError("it is not an ONNX graph")
+    return value
+
+
+def _text(value: int | memoryview) -> str:
+    return bytes(_message(value)).decode("utf-8", errors="replace")
+
+
+def _integer(value: int | memoryview) -> int:
+    """A signed number; the format writes negative ones as their 64-bit complement."""
+    if not isinstance(value, int):
+        raise _RefusedError("it is not an ONNX graph")
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _integers(value: int | memoryview) -> list[int]:
+    """One number, or a packed list of them."""
+    if isinstance(value, int):
+        return [_integer(value)]
+    numbers, position = [], 0
+    while position < len(value):
+        number, position = _varint(value, position)
+        numbers.append(_integer(number))
+        if len(numbers) > MAX_DIMENSIONS:
+            break
+    return numbers
