@@ -11,9 +11,7 @@ that importing the package costs nothing.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # typing's own takes longer to import than the commands take to be ready
 if TYPE_CHECKING:
     from llama_runtime.bundle import open_bundle
     from llama_runtime.completion import Completion, Request
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
         RequestError,
     )
     from llama_runtime.llm import LLM
+    from llama_runtime.memory_plan import MemoryPlan
     from llama_runtime.params import SamplingParams
     from llama_runtime.shared_engine import Stats
 
@@ -41,6 +40,7 @@ __all__ = [
     "Completion",
     "DependencyError",
     "Engine",
+    "MemoryPlan",
     "Request",
     "RequestError",
     "SamplingParams",
@@ -59,6 +59,7 @@ _MODULES = {
     "Completion": "completion",
     "DependencyError": "errors",
     "Engine": "engine",
+    "MemoryPlan": "memory_plan",
     "Request": "completion",
     "RequestError": "errors",
     "SamplingParams": "params",
@@ -71,6 +72,8 @@ _MODULES = {
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

@@ -5,8 +5,7 @@ Numpy, tokenizers and onnxruntime are imported inside the commands, so that ``--
 
 from __future__ import annotations
 
-import contextlib
-import os
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -16,31 +15,9 @@ from typing import Any
 import click
 
 from llama_runtime import __version__
-from llama_runtime.errors import BundleError, CaravanError, DependencyError, RequestError
+from llama_runtime.command_line import FAILED, Commands, print_out
+from llama_runtime.errors import CapacityError, RequestError
 from llama_runtime.progress import Console
-
-SOME_FAILED = 1
-USAGE = 2
-INTERRUPTED = 128 + 2  # as a shell reports SIGINT
-CLOSED_PIPE = 128 + 13  # as a shell reports SIGPIPE
-
-
-class _Commands(click.Group):
-    """Commands whose errors end as one sentence and an exit status."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except CaravanError as error:
-            click.echo(f"Error: {error}", err=True)
-            _forget_stdout()
-            wrong_use = isinstance(error, (RequestError, BundleError, DependencyError))
-            ctx.exit(USAGE if wrong_use else SOME_FAILED)
-        except BrokenPipeError:
-            _forget_stdout()
-            ctx.exit(CLOSED_PIPE)
-        except KeyboardInterrupt:
-            ctx.exit(INTERRUPTED)
 
 
 def _examples(*lines: str) -> str:
@@ -49,7 +26,7 @@ def _examples(*lines: str) -> str:
 
 
 @click.group(
-    cls=_Commands,
+    cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=_examples("  llama-run batch prompts.txt"),
 )
@@ -156,7 +133,7 @@ def _generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="N",
     type=click.IntRange(min=1),
     help="The most tokens of a prompt and its completion; a longer row fails.  [default: that of "
-    "the longest row; for standard input the model's limit, at most 4096]",
+    "the longest row; for standard input what fits of the model's limit, at most 4096]",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
 def batch(
@@ -206,7 +183,7 @@ def batch(
     console = Console(sys.stderr, quiet=quiet, with_status=not mixed)
     tally = run(source, results, settings, console)
     if tally.failed:
-        click.get_current_context().exit(SOME_FAILED)
+        click.get_current_context().exit(FAILED)
 
 
 @cli.command(
@@ -241,8 +218,8 @@ def generate(
     with LLM(encoder, max_batch=1, max_len=max_len, threads=threads) as llm:
         started = time.monotonic()
         for event in llm.stream(request.prompt, request.params):
-            _print(event.text)
-        _print("\n")
+            print_out(event.text)
+        print_out("\n")
         seconds, stats = time.monotonic() - started, llm.stats()
     if sys.stderr.isatty():
         click.echo(
@@ -261,12 +238,55 @@ def inspect(bundle: Path, as_json: bool) -> None:
     from llama_runtime.bundle_text import describe
 
     manifest = open_bundle(bundle).manifest
-    _print(manifest.to_json() if as_json else describe(manifest))
+    print_out(manifest.to_json() if as_json else describe(manifest))
 
 
-def main() -> None:
-    """Run the command line."""
-    cli(prog_name="llama-run")
+@cli.command(
+    epilog=_examples(
+        "  llama-run plan",
+        "  llama-run plan --max-batch 64 --max-len 2048",
+        "  llama-run plan --json",
+    )
+)
+@_bundle_option
+@click.option(
+    "--max-batch",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Prompts that run at once.",
+)
+@click.option(
+    "--max-len",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="The most tokens of a prompt and its completion.  [default: what fits of the model's "
+    "limit, at most 4096]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, sizes in bytes.")
+def plan(bundle: Path, max_batch: int, max_len: int | None, as_json: bool) -> None:
+    """Show whether a setting fits into memory, without loading the model.
+
+    The weights, the cache of --max-batch sequences of --max-len tokens and the workspace, against
+    what the machine or the container has left for this process; and the largest value of either
+    option that fits with the other.
+
+    Exit status: 0 it fits, 1 it doesn't, 2 wrong use.
+    """
+    from llama_runtime.llm import LLM
+    from llama_runtime.memory_plan import describe
+
+    found = LLM.plan(bundle, max_batch=max_batch, max_len=max_len)
+    if as_json:
+        print_out(json.dumps(found.to_dict(), indent=2) + "\n")
+    else:
+        print_out(describe(found))
+    try:
+        found.check()
+    except CapacityError as error:
+        click.echo(f"Error: {error}", err=True)
+        click.get_current_context().exit(FAILED)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -281,19 +301,3 @@ def _read_prompt() -> str:
         message = f"standard input is not UTF-8 text at byte {error.start + 1}"
         raise RequestError(message, param="prompt") from error
     return text.removesuffix("\n").removesuffix("\r")
-
-
-def _print(text: str) -> None:
-    """Write to standard output, in UTF-8 whatever the terminal says, and at once."""
-    try:
-        click.echo(text.encode("utf-8"), nl=False)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise CaravanError(f"can't write to standard output: {error.strerror}") from error
-
-
-def _forget_stdout() -> None:
-    """Keep the interpreter from writing at its end what could not be written before."""
-    with contextlib.suppress(OSError):  # standard output is no file while under test
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

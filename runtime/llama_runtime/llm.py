@@ -20,13 +20,14 @@ from types import TracebackType
 from typing import Literal
 
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
-from llama_runtime.bundle import open_bundle
+from llama_runtime.bundle import Bundle, open_bundle
 from llama_runtime.completion import Completion, Prompt, Request
 from llama_runtime.contract import SLOTS, cache_capacity
 from llama_runtime.engine import Engine
 from llama_runtime.errors import RequestError
 from llama_runtime.generation_config import default_params, eos_token_ids
-from llama_runtime.machine import default_threads
+from llama_runtime.machine import available_memory, default_threads
+from llama_runtime.memory_plan import MAX_BATCH, MIN_LEN, MemoryPlan, weight_bytes
 from llama_runtime.params import SamplingParams, fresh_seed, row_seed
 from llama_runtime.prompt_encoder import PromptEncoder
 from llama_runtime.sequence import Sequence
@@ -35,7 +36,7 @@ from llama_runtime.token_stream import TokenStream
 
 DEFAULT_MAX_BATCH = 32
 DEFAULT_MAX_LEN = 4096
-PROMPT_CHUNK = 128  # prompt tokens of one sequence in one step: longer ones stall the other streams
+LEAST_DEFAULT_LEN = 512  # less is not chosen for anybody: max_tokens alone is 256 by default
 PROMPT_BUDGET = 256  # prompt tokens of one step, beside one token of each decoding sequence
 
 Message = Mapping[str, object]
@@ -49,12 +50,13 @@ class LLM:
             open already.
         max_batch: sequences that run at once.
         max_len: the most tokens of one sequence, prompt and completion; None takes the model's
-            limit, at most 4,096.
+            limit, at most 4,096 and no more than fits into memory.
         threads: threads of the kernels; None takes the processors this process may use.
         verify: how the bundle's files are checked; see ``open_bundle``.
 
     Raises:
         BundleError: the bundle can't be used.
+        CapacityError: it doesn't fit into memory with these settings; nothing was loaded.
         RequestError: an argument is out of range.
         DependencyError: onnxruntime is missing.
     """
@@ -69,21 +71,21 @@ class LLM:
         verify: Literal["full", "size"] | None = None,
     ) -> None:
         if not isinstance(bundle, PromptEncoder):
-            bundle = PromptEncoder(open_bundle(Path(bundle), verify=verify))
+            bundle = PromptEncoder(open_bundle(_path(bundle), verify=verify))
         self._encoder = bundle
         self.bundle, self.tokenizer = bundle.bundle, bundle.tokenizer
         geometry, config = self.bundle.manifest.geometry, self.bundle.generation_config
-        if max_len is None:
-            max_len = min(DEFAULT_MAX_LEN, geometry.max_positions)
-        self.max_batch = _in_range("max_batch", max_batch, 1024)
-        self.max_len = _in_range("max_len", max_len, geometry.max_positions, low=2)
+        self.memory_plan = _plan(self.bundle, max_batch, max_len)
+        self.max_batch, self.max_len = self.memory_plan.max_batch, self.memory_plan.max_len
         self.threads = _in_range("threads", default_threads() if threads is None else threads, 1024)
         self.default_params = default_params(config)
+        self.memory_plan.check()
+        max_chunk = self.memory_plan.max_chunk
         backend = OrtCpu(
             open_session(self.bundle.graph_path(SLOTS.name), self.threads),
             geometry,
             num_slots=self.max_batch,
-            capacity=cache_capacity(self.max_len, PROMPT_CHUNK),
+            capacity=cache_capacity(self.max_len, max_chunk),
         )
         engine = Engine(
             backend,
@@ -93,9 +95,35 @@ class LLM:
             max_batch=self.max_batch,
             max_len=self.max_len,
             token_budget=self.max_batch + PROMPT_BUDGET,
-            max_chunk=PROMPT_CHUNK,
+            max_chunk=max_chunk,
         )
         self._engine = SharedEngine(engine)
+
+    @classmethod
+    def plan(
+        cls,
+        bundle: str | os.PathLike[str] | PromptEncoder = "bundle",
+        *,
+        max_batch: int = DEFAULT_MAX_BATCH,
+        max_len: int | None = None,
+    ) -> MemoryPlan:
+        """What a setting needs of memory, and whether it is there; nothing is loaded.
+
+        Args:
+            bundle: as for the class; its files are checked by their sizes.
+            max_batch: as for the class.
+            max_len: as for the class; None takes what the class would take.
+
+        Returns:
+            The plan, which may not fit. Its ``check`` raises what the class would raise.
+
+        Raises:
+            BundleError: the bundle can't be used.
+            RequestError: an argument is out of range.
+        """
+        if isinstance(bundle, PromptEncoder):
+            return _plan(bundle.bundle, max_batch, max_len)
+        return _plan(open_bundle(_path(bundle), verify="size"), max_batch, max_len)
 
     @property
     def has_chat_template(self) -> bool:
@@ -123,6 +151,8 @@ class LLM:
         several = _as_list(prompts)
         if params is None or isinstance(params, SamplingParams):
             params = [params or self.default_params] * len(several)
+        if not _is_list(params):
+            raise _wrong_type("params", "SamplingParams, or a list of them", params)
         if len(params) != len(several):
             raise RequestError(
                 f"{len(several)} prompts with {len(params)} parameters", param="params"
@@ -162,6 +192,8 @@ class LLM:
         job = fresh_seed() if seed is None else seed
         if isinstance(prompts, str):
             raise RequestError("prompts must be a list of texts, not one text", param="prompts")
+        if not _is_list(prompts):
+            raise _wrong_type("prompts", "a list of texts", prompts)
         rows = [replace(params, seed=row_seed(job, i)) for i in range(len(prompts))]
         return self.generate(list(prompts), rows)
 
@@ -183,6 +215,10 @@ class LLM:
             RequestError: as for ``generate``; or the bundle has no chat template, or the template
                 refuses the messages.
         """
+        if not _is_list(conversations):
+            raise _wrong_type(
+                "conversations", "a list of messages, or of such lists", conversations
+            )
         one = not conversations or isinstance(conversations[0], Mapping)
         several = [conversations] if one else conversations
         return self.generate([self.chat_prompt(messages) for messages in several], params)  # type: ignore[arg-type]
@@ -221,7 +257,7 @@ class LLM:
         """
         inbox = Inbox()
         in_flight: dict[int, tuple[int, Sequence, list[str]]] = {}
-        pending, numbers, end = iter(requests), count(), object()
+        pending, numbers, end = _checked(requests), count(), object()
         exhausted = False
         try:
             while in_flight or not exhausted:
@@ -281,15 +317,65 @@ class LLM:
 
     def _add(self, request: Request, inbox: Inbox) -> Sequence:
         prompt = request.prompt
+        if not isinstance(prompt, str) and not _is_list(prompt):
+            raise _wrong_type("prompt", "a list of whole numbers, or text", prompt)
         token_ids = self._encoder.encode(prompt) if isinstance(prompt, str) else prompt
         return self._engine.add(token_ids, request.params, inbox)
 
 
+def _plan(bundle: Bundle, max_batch: int, max_len: int | None) -> MemoryPlan:
+    geometry = bundle.manifest.geometry
+    bundle.graph_path(SLOTS.name)  # which it may not have
+    weights = weight_bytes(bundle.manifest, SLOTS.name)
+    usual = min(DEFAULT_MAX_LEN, geometry.max_positions)
+    length = usual if max_len is None else max_len
+    plan = MemoryPlan(
+        geometry=geometry,
+        weights=weights,
+        available=available_memory(mapped_bytes=weights),
+        max_batch=_in_range("max_batch", max_batch, MAX_BATCH),
+        max_len=_in_range("max_len", length, geometry.max_positions, low=MIN_LEN),
+        prompt_budget=PROMPT_BUDGET,
+    )
+    if max_len is None and not plan.fits and plan.largest_max_len >= LEAST_DEFAULT_LEN:
+        return replace(plan, max_len=plan.largest_max_len)
+    return plan
+
+
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     """A list of prompts, also from a single one."""
+    if not isinstance(prompts, str) and not _is_list(prompts):
+        raise _wrong_type("prompts", "a text, a list of token ids, or a list of either", prompts)
     if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
+
+
+def _is_list(value: object) -> bool:
+    """Whether it has items in order; bytes have, but are no token ids and no text."""
+    if isinstance(value, (str, bytes, bytearray, memoryview, Mapping)):
+        return False
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__")
+
+
+def _checked(requests: Iterable[Request | None]) -> Iterator[Request | None]:
+    """The same, sure to be nothing else."""
+    if not hasattr(requests, "__iter__"):
+        raise _wrong_type("requests", "an iterable of Request objects", requests)
+    for request in requests:
+        if request is not None and not isinstance(request, Request):
+            raise _wrong_type("requests", "Request objects, or None", request)
+        yield request
+
+
+def _path(bundle: object) -> Path:
+    if not isinstance(bundle, (str, os.PathLike)):
+        raise _wrong_type("bundle", "a path", bundle)
+    return Path(bundle)
+
+
+def _wrong_type(param: str, wanted: str, value: object) -> RequestError:
+    return RequestError(f"{param} must be {wanted}, not {type(value).__name__}", param=param)
 
 
 def _in_range(param: str, value: object, high: int, *, low: int = 1) -> int:

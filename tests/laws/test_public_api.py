@@ -21,6 +21,7 @@ PUBLIC = [
     "Completion",
     "DependencyError",
     "Engine",
+    "MemoryPlan",
     "Request",
     "RequestError",
     "SamplingParams",

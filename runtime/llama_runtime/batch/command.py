@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from llama_runtime.batch.rows import Source
 from llama_runtime.bundle import open_bundle
 from llama_runtime.errors import CaravanError
 from llama_runtime.generation_config import default_params
+from llama_runtime.interrupts import last_act
 from llama_runtime.llm import DEFAULT_MAX_BATCH, LLM
 from llama_runtime.progress import Console
 from llama_runtime.prompt_encoder import PromptEncoder
@@ -70,12 +72,15 @@ def run(source: Source, results: ResultFile, settings: Settings, console: Consol
     with source.open() as rows, _load(encoder, settings, max_len, console) as llm:
         job = Job(llm, recipe, results)
         started = time.monotonic()
+        stopped = partial(report.stopped, results, total)
         try:
-            with console.status(report.Status(job.tally, llm.stats, total)):
+            with (
+                last_act(lambda: "" if console.quiet else stopped()),
+                console.status(report.Status(job.tally, llm.stats, total)),
+            ):
                 job.run(rows)
         except (CaravanError, KeyboardInterrupt):
-            of = "" if total is None else f" of {total}"
-            console.say(f"stopped: the results of {results.lines}{of} rows are in {results}")
+            console.say(stopped())
             raise
         finally:
             results.close()
@@ -94,6 +99,9 @@ def _scan(source: Source, recipe: Recipe | None, console: Console) -> Scan:
 
 
 def _load(encoder: PromptEncoder, settings: Settings, max_len: int | None, console: Console) -> LLM:
+    plan = LLM.plan(encoder, max_batch=settings.max_batch, max_len=max_len)
+    plan.check()
+    console.say(plan.summary())
     with console.status(lambda: ["loading the model"]):
         llm = LLM(
             encoder,

@@ -87,3 +87,9 @@ def summary(tally: Tally, seconds: float, results: ResultFile) -> str:
         index, error = tally.first_error
         text += f"\nthe first failure, row {index}: {error}"
     return text
+
+
+def stopped(results: ResultFile, total: int | None) -> str:
+    """Where a job that ended early has left its results."""
+    of = "" if total is None else f" of {total}"
+    return f"stopped: the results of {results.lines}{of} rows are in {results}"
