@@ -87,18 +87,18 @@ class Way:
 
 def mixed(bundle_path: Path, threads: int, rounds: int) -> Results:
     """256 requests of 16 to 256 tokens in and out, 32 at a time, batched in three ways."""
-    ways = _ways()
+    three = ways()
     bundle, table = _open(bundle_path)
     geometry, max_len = bundle.manifest.geometry, 2 * LONGEST
     session = open_session(bundle.graph_path(SLOTS.name), threads)
     capacity = cache_capacity(max_len, CHUNK)
     backend = OrtCpu(session, geometry, num_slots=NUM_SLOTS, capacity=capacity)
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in three}
     for number in range(rounds):
-        for name in sorted(ways, reverse=number % 2 == 1):
-            engine = _engine(backend, bundle, table, max_len, refill=ways[name].refill)
+        for name in sorted(three, reverse=number % 2 == 1):
+            engine = _engine(backend, bundle, table, max_len, refill=three[name].refill)
             rng = np.random.default_rng(1)
-            for num_prompt_tokens, max_tokens in ways[name].lengths:
+            for num_prompt_tokens, max_tokens in three[name].lengths:
                 prompt = rng.integers(0, geometry.vocab_size, num_prompt_tokens).tolist()
                 engine.add(prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
             started = time.perf_counter()
@@ -109,7 +109,7 @@ def mixed(bundle_path: Path, threads: int, rounds: int) -> Results:
     def ratio(name: str) -> float:
         return median(a / b for a, b in zip(times["continuous"], times[name], strict=True))
 
-    wanted = sum(max_tokens for _, max_tokens in ways["continuous"].lengths)
+    wanted = sum(max_tokens for _, max_tokens in three["continuous"].lengths)
     results: Results = {f"{name}_s": median(several) for name, several in times.items()}
     results |= {
         "tokens_per_s": wanted / results["continuous_s"],
@@ -129,7 +129,8 @@ def mixed(bundle_path: Path, threads: int, rounds: int) -> Results:
     return results
 
 
-def _ways() -> dict[str, Way]:
+def ways() -> dict[str, Way]:
+    """The same requests, batched in three ways."""
     rng = np.random.default_rng(0)
     lengths = [
         (int(prompt), int(new))
