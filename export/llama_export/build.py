@@ -9,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -25,6 +23,7 @@ from llama_decoder.weights import parameter_shapes
 from llama_export.errors import ExportError
 from llama_export.gguf_tokenizer import read_gguf_tokenizer
 from llama_export.model_card import model_card
+from llama_export.output_folder import new_directory
 from llama_export.source_tokenizer import SourceTokenizer, read_huggingface_tokenizer
 from llama_export.stages import Stages
 from llama_export.trace import save_graph, trace_decoder
@@ -37,7 +36,7 @@ from llama_export.weight_file import (
 )
 from llama_runtime import __version__
 from llama_runtime.bundle import (
-    CHAT_TEMPLATE,
+    Bundle,
     Graph,
     Licence,
     Manifest,
@@ -47,8 +46,14 @@ from llama_runtime.bundle import (
     open_bundle,
     write_manifest,
 )
+from llama_runtime.bundle_limits import CHAT_TEMPLATE
 from llama_runtime.contract import SLOTS
-from llama_runtime.errors import BundleError
+from llama_runtime.errors import BundleError, one_line
+from llama_runtime.generation_config import default_params, eos_token_ids
+from llama_runtime.interrupts import Held
+from llama_runtime.prompt_encoder import PromptEncoder
+
+logger = logging.getLogger(__name__)
 
 GRAPH_FILE = "decoder.onnx"
 WEIGHT_FILE = "model.safetensors"
@@ -78,16 +83,18 @@ def build_bundle(
     check_output(output, force=force)
     checkpoint = open_checkpoint(model)
     try:
-        with _new_directory(output) as directory:
+        with new_directory(output) as directory:
             return _write_bundle(checkpoint, directory, stages)
     except OSError as error:
-        raise ExportError(f"{output} can't be written: {error}") from error
+        reason = error.strerror or error
+        raise ExportError(f"{output} can't be written: {reason}") from error
 
 
 def verify_bundle(path: Path, model: Path, *, stages: Stages | None = None) -> Verification:
     """Check a bundle's files, then its graph against the source, whose weights are read anew.
 
-    A bundle that passes records the figures in its manifest.
+    A bundle that passes records the figures in its manifest, if they are others than before and it
+    can be written; its model card keeps those of the build.
 
     Args:
         path: the bundle.
@@ -114,8 +121,13 @@ def verify_bundle(path: Path, model: Path, *, stages: Stages | None = None) -> V
         decoder = build_decoder(checkpoint.config, checkpoint.weights(), eager_attention)
     with stages("verify", num_compared_tokens()) as advance:
         result = verify(bundle, decoder, advance)
-    if result.passed:
-        _record(bundle.path, bundle.manifest, result)
+    figures = result.as_dict()
+    if result.passed and figures != bundle.manifest.verification:
+        try:
+            with Held():  # of one file, so that an interrupt or a full disk leaves a whole bundle
+                write_manifest(bundle.path, replace(bundle.manifest, verification=figures))
+        except OSError as error:
+            logger.warning("%s passed, but its figures can't be recorded: %s", path, error.strerror)
     return result
 
 
@@ -140,10 +152,24 @@ def check_output(output: Path, *, force: bool) -> None:
 
 
 def read_tokenizer(checkpoint: Checkpoint) -> SourceTokenizer:
-    """The checkpoint's tokenizer, whatever its format."""
+    """The checkpoint's tokenizer, whatever its format.
+
+    Raises:
+        ExportError: it, or what the model publishes on generation, can't be used.
+        CheckpointError: a GGUF file's metadata can't.
+    """
     if checkpoint.source_format == "gguf":
-        return read_gguf_tokenizer(checkpoint.metadata)
-    return read_huggingface_tokenizer(checkpoint.path)
+        tokenizer = read_gguf_tokenizer(checkpoint.metadata)
+    else:
+        tokenizer = read_huggingface_tokenizer(checkpoint.path)
+    config = tokenizer.generation_config
+    try:
+        json.dumps(config, allow_nan=False)
+        default_params(config)
+        eos_token_ids(config)
+    except (ValueError, BundleError) as error:  # the runtime would refuse it in the bundle
+        raise ExportError(f"{checkpoint.path} can't be used: {error}") from error
+    return tokenizer
 
 
 def _write_bundle(checkpoint: Checkpoint, directory: Path, stages: Stages) -> Manifest:
@@ -165,7 +191,7 @@ def _write_bundle(checkpoint: Checkpoint, directory: Path, stages: Stages) -> Ma
         shutil.copyfile(path, directory / path.name)
     with stages("hash files"):
         manifest = Manifest(
-            name=checkpoint.name,
+            name=one_line(checkpoint.name, 200),
             created_by=_tool_versions(),
             source=_source(checkpoint),
             licence=Licence(checkpoint.licence, tuple(path.name for path in licence_files)),
@@ -178,9 +204,23 @@ def _write_bundle(checkpoint: Checkpoint, directory: Path, stages: Stages) -> Ma
         write_manifest(directory, manifest)
     with stages("verify", num_compared_tokens()) as advance:
         decoder = build_decoder(config, read_weights(weights), eager_attention)
-        result = verify(open_bundle(directory, verify="size"), decoder, advance)
+        bundle = open_bundle(directory, verify="size")
+        _check_text_side(bundle)
+        result = verify(bundle, decoder, advance)
         result.require_passed()
     return _record(directory, manifest, result)
+
+
+def _check_text_side(bundle: Bundle) -> None:
+    """Open tokenizer and chat template as the runtime will.
+
+    Raises:
+        ExportError: it would refuse them.
+    """
+    try:
+        _ = PromptEncoder(bundle).tokenizer.byte_table
+    except BundleError as error:
+        raise ExportError(f"the runtime can't use what was built: {error}") from error
 
 
 def _record(directory: Path, manifest: Manifest, result: Verification) -> Manifest:
@@ -201,7 +241,7 @@ def _source(checkpoint: Checkpoint) -> Source:
     else:
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
         digest = hashlib.sha256(lines.encode()).hexdigest()
-    name = checkpoint.path.resolve().name
+    name = one_line(checkpoint.path.resolve().name)
     return Source(format=checkpoint.source_format, file=name, sha256=digest)
 
 
@@ -217,23 +257,3 @@ def _write_texts(directory: Path, tokenizer: SourceTokenizer) -> None:
 def _tool_versions() -> dict[str, str]:
     versions = {name: importlib.metadata.version(name) for name in TOOLS}
     return {"llama-caravan": __version__, "python": platform.python_version(), **versions}
-
-
-@contextmanager
-def _new_directory(output: Path) -> Iterator[Path]:
-    """A folder beside the output that takes its place if nothing goes wrong, else goes away."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{output.name}.building-", dir=output.parent))
-    try:
-        yield building
-        building.chmod(0o755)  # mkdtemp's folders are private
-        if output.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-            output.rename(replaced / output.name)
-            building.rename(output)
-            shutil.rmtree(replaced)
-        else:
-            building.rename(output)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 from llama_export.errors import ExportError
-from llama_runtime import __version__
+from llama_runtime import __version__, interrupts
+from llama_runtime.command_line import FAILED, Commands, print_out
 from llama_runtime.errors import CaravanError
 
 EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "gguf")
 DEMO_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(Commands):
+    """Every error of an export is a failure."""
+
+    def status_of(self, error: CaravanError) -> int:  # noqa: ARG002
+        return FAILED
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="Caravan %(version)s (llama-export)")
 def main() -> None:
     """Turn a Llama checkpoint into a bundle that llama-run runs without PyTorch."""
@@ -48,9 +54,14 @@ def build(model: Path | None, output: Path, *, force: bool, quiet: bool) -> None
     """
     _require_export_extra()
     from llama_export.build import build_bundle
+    from llama_export.output_folder import remove_unfinished
     from llama_export.stages import Stages, stderr_stages
 
-    with _errors():
+    def last_act() -> str:
+        remove_unfinished()
+        return "interrupted: nothing was left behind"
+
+    with interrupts.last_act(last_act):
         manifest = build_bundle(
             model or _demo_model(),
             output,
@@ -58,7 +69,7 @@ def build(model: Path | None, output: Path, *, force: bool, quiet: bool) -> None
             stages=Stages() if quiet else stderr_stages(),
         )
     size = sum(file.size for file in manifest.files.values())
-    click.echo(f"{output}: {manifest.name}, {size / 1e6:,.0f} MB, verified")
+    print_out(f"{output}: {manifest.name}, {size / 1e6:,.0f} MB, verified\n")
 
 
 @main.command()
@@ -83,13 +94,12 @@ def verify(bundle: Path, model: Path | None, *, quiet: bool) -> None:
     from llama_export.build import verify_bundle
     from llama_export.stages import Stages, stderr_stages
 
-    with _errors():
-        stages = Stages() if quiet else stderr_stages()
-        result = verify_bundle(bundle, model or _demo_model(), stages=stages)
-    click.echo(
+    stages = Stages() if quiet else stderr_stages()
+    result = verify_bundle(bundle, model or _demo_model(), stages=stages)
+    print_out(
         f"{result.rows} rows of logits differ by at most {result.max_logit_difference:.2g} "
         f"(limit {result.logit_tolerance:g}); {result.greedy_agreement:.1%} of the likeliest "
-        f"tokens agree, {result.near_ties} more are near ties"
+        f"tokens agree, {result.near_ties} more are near ties\n"
     )
     if not result.passed:
         raise SystemExit(1)
@@ -109,31 +119,26 @@ def inspect(model: Path | None) -> None:
     _require_export_extra()
     from llama_export.inspect_model import describe_model
 
-    with _errors():
-        for name, value in describe_model(model or _demo_model()):
-            click.echo(f"{name:<18}{value}")
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Say what went wrong in one sentence, without a traceback."""
-    try:
-        yield
-    except CaravanError as error:
-        raise click.ClickException(str(error)) from error
-    except OSError as error:
-        raise click.ClickException(f"{error.filename}: {error.strerror}") from error
-    except KeyboardInterrupt:
-        click.echo("interrupted: nothing was left behind", err=True)
-        raise SystemExit(130) from None
+    for name, value in describe_model(model or _demo_model()):
+        print_out(f"{name:<18}{value}\n")
 
 
 def _require_export_extra() -> None:
-    missing = [name for name in EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [name for name in EXPORT_PACKAGES if not _is_there(name)]
     if missing:
         raise click.ClickException(
             f"this needs {', '.join(missing)}: pip install 'llama-caravan[export]'"
         )
+    from llama_runtime.backends.ort_cpu import check_installed_once
+
+    check_installed_once()
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _demo_model() -> Path:
@@ -149,7 +154,3 @@ def _demo_model() -> Path:
             "file, or run scripts/fetch_model.py, which fetches a small one"
         )
     return path
-
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from llama_decoder.fields import quoted
+from llama_decoder.source_files import MAX_JSON_BYTES
 from llama_export.errors import ExportError
+from llama_runtime.errors import one_line
+from llama_runtime.tokenizer_file import MAX_FILE_BYTES, find_problem
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -56,7 +59,7 @@ def read_huggingface_tokenizer(directory: Path) -> SourceTokenizer:
             f"{directory} has no tokenizer.json: write one there with transformers, "
             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
-    tokenizer_json = path.read_bytes()
+    tokenizer_json = _read_bytes(path, MAX_FILE_BYTES)
     tokenizer = parse_tokenizer(tokenizer_json, source=str(path))
     tokenizer_config = _read_object(directory / "tokenizer_config.json")
     special_tokens = _read_special_tokens(
@@ -74,12 +77,17 @@ def parse_tokenizer(tokenizer_json: bytes, *, source: str) -> Tokenizer:
     """Build the tokenizer, to see that it can be built.
 
     Raises:
-        ExportError: the ``tokenizers`` library refuses it; names ``source``.
+        ExportError: the runtime or the ``tokenizers`` library refuses it; names ``source``.
     """
+    problem = find_problem(tokenizer_json)
+    if problem is not None:
+        raise ExportError(f"{source} is not a usable tokenizer: {problem}")
     try:
         return Tokenizer.from_buffer(tokenizer_json)
-    except Exception as error:  # the library raises nothing narrower
-        raise ExportError(f"{source} is not a usable tokenizer: {error}") from error
+    except BaseException as error:  # the library raises nothing narrower, and panics of Rust
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ExportError(f"{source} is not a usable tokenizer: {one_line(error)}") from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -88,16 +96,26 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(_read_text(path))
-    except ValueError as error:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ExportError(f"{path} holds half of a surrogate pair, which is no character") from None
+    except (ValueError, RecursionError) as error:
         raise ExportError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ExportError(f"{path} holds {quoted(value)}; it must hold a JSON object")
     return value
 
 
+def _read_bytes(path: Path, limit: int) -> bytes:
+    size = path.stat().st_size
+    if size > limit:
+        raise ExportError(f"{path} has {size:,} bytes and may have {limit:,} at most")
+    return path.read_bytes()
+
+
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return _read_bytes(path, MAX_JSON_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ExportError(f"{path} is not UTF-8: {error}") from error
 
@@ -157,7 +175,7 @@ def _read_chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) ->
     """A file of its own wins over the configuration, as it does in transformers."""
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return _read_text(path)
+        return _read_text(path).replace("\r\n", "\n").replace("\r", "\n")
     path = directory / "tokenizer_config.json"
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):  # several, each with its name

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 BAR_CELLS = 24
@@ -65,8 +65,9 @@ class Stages:
 
     def _write(self, text: str) -> None:
         if self._stream is not None:
-            self._stream.write(text)
-            self._stream.flush()
+            with suppress(OSError):  # nobody reads it any more, which is no reason to end the work
+                self._stream.write(text)
+                self._stream.flush()
 
 
 def stderr_stages() -> Stages:

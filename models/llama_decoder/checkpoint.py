@@ -84,9 +84,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _open_huggingface(path)
     if not path.is_file():
         raise CheckpointError(f"{path} is no file and no directory; check the path")
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise CheckpointError(f"{path} is a pickle: {NEEDS_SAFETENSORS}")
-    if path.suffix != ".gguf":
+    if path.suffix.lower() != ".gguf":
         raise CheckpointError(
             f"{path} is neither a .gguf file nor a directory; for safetensors, give the directory "
             f"that holds them and {CONFIG}"

@@ -22,7 +22,9 @@ from llama_decoder.fields import Fields, quoted
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_HEADER_BYTES = 128 * 1024 * 1024  # Llama 3's is 8 MB; bounds strings and arrays too
+MAX_HEADER_BYTES = 128 * 1024 * 1024  # Llama 3's is 8 MB
+MAX_STRING_BYTES = 4 * 1024 * 1024  # the longest are chat templates
+MAX_ELEMENTS = 2 * 1024 * 1024  # of all arrays together; Llama 3's have 540,000
 MAX_TENSORS = 65_536
 MAX_KEYS = 65_536
 MAX_ALIGNMENT = 65_536
@@ -128,18 +130,21 @@ class _Cursor:
 
     def __init__(self, data: memoryview) -> None:
         self._data = data
+        self._elements = 0
         self.position = 0
 
     def take(self, num_bytes: int) -> memoryview:
-        end = self.position + num_bytes
-        if end > len(self._data):
+        self.require(num_bytes)
+        taken = self._data[self.position : self.position + num_bytes]
+        self.position += num_bytes
+        return taken
+
+    def require(self, num_bytes: int) -> None:
+        if self.position + num_bytes > len(self._data):
             raise CheckpointError(
                 f"its header is damaged: a value at byte {self.position} has {num_bytes} bytes, "
                 f"and the header ends at {len(self._data)} at most"
             )
-        taken = self._data[self.position : end]
-        self.position = end
-        return taken
 
     def number(self, dtype: str) -> int:
         return int(np.frombuffer(self.take(np.dtype(dtype).itemsize), dtype)[0])
@@ -155,8 +160,14 @@ class _Cursor:
         return value
 
     def string(self) -> str:
+        size = self.length()
+        self.require(size)
+        if size > MAX_STRING_BYTES:
+            raise CheckpointError(
+                f"a string of its header has {size} bytes; the limit is {MAX_STRING_BYTES}"
+            )
         try:
-            return str(self.take(self.length()), "utf-8")
+            return str(self.take(size), "utf-8")
         except UnicodeDecodeError as error:
             raise CheckpointError(f"a string of its header is not UTF-8: {error.reason}") from error
 
@@ -166,13 +177,20 @@ class _Cursor:
         return self.values(self.number("<u4"), self.length())
 
     def values(self, kind: int, count: int) -> list[object]:
+        if kind not in NUMBERS and kind not in (BOOL, STRING):
+            raise CheckpointError(f"its metadata has a value or an array of type {kind}")
+        dtype = np.dtype(NUMBERS.get(kind, "<u8" if kind == STRING else "<u1"))
+        self.require(count * dtype.itemsize)  # of a string this is the length
+        self._elements += count
+        if self._elements > MAX_ELEMENTS:
+            raise CheckpointError(
+                f"the arrays of its header have {self._elements} elements or more; the limit is "
+                f"{MAX_ELEMENTS}"
+            )
         if kind == STRING:
             return [self.string() for _ in range(count)]
         if kind == BOOL:
             return [flag != 0 for flag in self.take(count)]
-        if kind not in NUMBERS:
-            raise CheckpointError(f"its metadata has a value or an array of type {kind}")
-        dtype = np.dtype(NUMBERS[kind])
         values: list[object] = np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
         return values
 

@@ -112,6 +112,6 @@ def _plain_name(file: object, index: Path) -> str:
 
 
 def _why_nothing_opens(directory: Path) -> str:
-    if any(path.suffix in PICKLES for path in directory.iterdir()):
+    if any(path.suffix.lower() in PICKLES for path in directory.iterdir()):
         return f"{directory} holds its weights as pickles only: {NEEDS_SAFETENSORS}"
     return f"{directory} has neither {SINGLE} nor {INDEX}"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from llama_decoder.errors import CheckpointError
 
 MAX_JSON_BYTES = 32 * 1024 * 1024  # an index of 100,000 tensors is a third of this
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 BARE_PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # by protocol
+# Protocols 0 and 1 have no mark of their own: a class, or a list, tuple or dictionary.
+OLD_PICKLE = re.compile(rb"c[A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n|\([dltVIFXK(]|[]}]q\0")
 ZIPPED_PICKLE = b"PK\x03\x04"  # what torch.save writes
 NEEDS_SAFETENSORS = (
     "pickles are never opened, because they can run code; save the model as safetensors "
@@ -52,6 +55,7 @@ def refuse_disguise(path: Path) -> None:
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer; fetch the file with `git lfs pull`")
     # A safetensors file may begin so too: 8 bytes are a length, then comes a brace.
-    is_bare = start.startswith(BARE_PICKLES) and start[8:9] != b"{"
+    begins_so = start.startswith(BARE_PICKLES) or OLD_PICKLE.match(start)
+    is_bare = begins_so and start[8:9] != b"{"
     if is_bare or start.startswith(ZIPPED_PICKLE):
         raise CheckpointError(f"{path} holds a pickle: {NEEDS_SAFETENSORS}")

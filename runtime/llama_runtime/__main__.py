@@ -1,8 +1,23 @@
-"""``python -m llama_runtime`` is ``llama-run``."""
+"""The way into ``llama-run``, also as ``python -m llama_runtime``."""
 
 from __future__ import annotations
 
-from llama_runtime.cli import main
+from llama_runtime import interrupts
+
+
+def main() -> None:
+    """Run the command line. An interrupt ends it at once, also while it is being imported."""
+    interrupts.end_at_once()
+    try:
+        from llama_runtime.command_line import open_closed_streams
+
+        open_closed_streams()
+        from llama_runtime.cli import cli
+
+        cli(prog_name="llama-run")
+    finally:
+        interrupts.leave_in_peace()
+
 
 if __name__ == "__main__":
     main()

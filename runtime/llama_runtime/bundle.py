@@ -28,12 +28,15 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from llama_runtime import verified
+from llama_runtime.bundle_limits import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER, check_limits
 from llama_runtime.errors import BundleError, RequestError
 from llama_runtime.manifest import (
+    MANIFEST,
     SCHEMA_VERSION,
     FileEntry,
     Graph,
@@ -58,9 +61,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-CHAT_TEMPLATE = "chat_template.jinja"
 _MAX_MANIFEST_BYTES = 2**20
+_MAX_ENTRIES = 10_000  # files and folders
 _REBUILD = "rebuild it with llama-export build"
 
 
@@ -93,7 +95,7 @@ class Bundle:
     @property
     def tokenizer_path(self) -> Path:
         """The tokenizer's file."""
-        return self.path / "tokenizer.json"
+        return self.path / TOKENIZER
 
     @property
     def generation_config(self) -> dict[str, object]:
@@ -102,7 +104,7 @@ class Bundle:
         Raises:
             BundleError: if it isn't a JSON object.
         """
-        path = self.path / "generation_config.json"
+        path = self.path / GENERATION_CONFIG
         try:
             config = json.loads(_read_text(path))
         except (ValueError, RecursionError) as error:
@@ -137,6 +139,8 @@ def open_bundle(path: Path, *, verify: Literal["full", "size"] | None = None) ->
     """
     if verify not in ("full", "size", None):
         raise RequestError(f"verify is {verify!r}; it can be 'full' or 'size'", param="verify")
+    if "\0" in os.fspath(path):
+        raise BundleError("the bundle's path holds a zero byte, which no path does")
     root = Path(os.path.realpath(path))
     with _readable(root):
         data = _read_manifest(root)
@@ -146,6 +150,7 @@ def open_bundle(path: Path, *, verify: Literal["full", "size"] | None = None) ->
             raise BundleError(f"the bundle {root} can't be used: {error}") from error
         found = _regular_files(root)
         _check_names_and_sizes(root, manifest, found)
+        check_limits(root, manifest)
         if verify != "size":
             state = verified.fingerprint(data, found)
             if verify == "full" or not verified.is_remembered(root, state):
@@ -228,10 +233,13 @@ def _read_manifest(root: Path) -> bytes:
 def _regular_files(root: Path) -> dict[str, os.stat_result]:
     """Every file under a directory by its relative name; whatever isn't a plain file is refused."""
     found: dict[str, os.stat_result] = {}
-    folders = [root]
+    folders, entries = [root], 0
     while folders:
         folder = folders.pop()
-        paths = list(folder.iterdir())
+        paths = list(islice(folder.iterdir(), _MAX_ENTRIES))
+        entries += len(paths)
+        if entries >= _MAX_ENTRIES:
+            raise BundleError(f"the bundle {root} holds more than {_MAX_ENTRIES:,} files")
         if not paths and folder != root:
             raise BundleError(f"{folder} is an empty directory: remove it from the bundle")
         for path in paths:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
+from llama_runtime.errors import one_line
 from llama_runtime.manifest import Manifest
 
 
@@ -26,7 +27,8 @@ def _lines(manifest: Manifest) -> Iterator[str]:
             "schema": manifest.schema,
         },
     )
-    yield from _section("Built with", manifest.created_by)
+    tools = {one_line(tool): version for tool, version in manifest.created_by.items()}
+    yield from _section("Built with", tools)
     yield from _section("Geometry", _spaced(asdict(manifest.geometry)))
     yield from _section(
         "Graphs",
@@ -56,8 +58,8 @@ def _spaced(values: Mapping[str, object]) -> dict[str, object]:
 def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Nested figures as one list, their names joined by spaces."""
     for key, value in values.items():
-        name = f"{prefix}{key}"
+        name = f"{prefix}{one_line(key)}"
         if isinstance(value, Mapping):
             yield from _flat(value, f"{name} ")
         else:
-            yield name, value
+            yield name, one_line(value)

@@ -1,30 +1,25 @@
 """Turn a conversation into a prompt with the model's own chat template.
 
-Chat templates are Jinja, written by whoever made the model, and the reference that renders them is
-``transformers``. Here ``minijinja`` does, with the same settings, filters and variables. A template
-sees read-only copies of the messages and nothing else of Python, and a fuel limit ends one that
-loops or grows without bound. Two things are outside that limit, so a template made to harm can
-still cost seconds and memory: nested lists handed to ``tojson``, and the widths of ``str.format``.
+Chat templates are Jinja, written by whoever made the model: programs of somebody else. They are
+rendered by ``template_renderer`` in a process of their own, where they see copies of the messages
+and have limits of time and memory. What they need beyond those is one error of the request, and the
+next request finds a new process.
 
-One difference from the reference is known: ``trim`` and ``strip`` leave U+001C to U+001F alone,
-which Python counts as white space.
-
-``minijinja`` is imported when the first template is compiled.
+One difference from ``transformers``, the reference, is known: ``trim`` and ``strip`` leave U+001C
+to U+001F alone, which Python counts as white space.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
 
-from llama_runtime.errors import BundleError, RequestError
+from llama_runtime.errors import BundleError, RequestError, one_line
+from llama_runtime.template_process import ask
+from llama_runtime.template_renderer import CPU_SECONDS, FUEL, MEMORY_BYTES
 
-# Fuel pays for each instruction and for the text it makes. In published templates a message costs
-# 25 to 45 units and one unit writes 10 to 20 characters: this is room for 10,000 messages or
-# 5 million characters, and stops a template bomb within 0.1 s.
-FUEL = 500_000
+MAX_SOURCE_CHARACTERS = 2**18  # the longest that are published have a tenth
+_OVER_LIMIT = f"more than {CPU_SECONDS:g} s or {MEMORY_BYTES // 2**20} MB"
 
 
 class ChatTemplate:
@@ -40,24 +35,18 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        import minijinja
-
-        self._special_tokens: dict[str, object] = dict(special_tokens)
-        self._environment = minijinja.Environment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            fuel=FUEL,
-            debug=False,  # else errors carry a picture of the template
-            filters={"tojson": _to_json},
-            globals={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
-        )
-        try:
-            # Jinja reads every line ending as \n
-            self._environment.add_template(
-                "chat_template", source.replace("\r\n", "\n").replace("\r", "\n")
+        if len(source) > MAX_SOURCE_CHARACTERS:
+            raise BundleError(
+                f"the chat template has {len(source):,} characters and may have "
+                f"{MAX_SOURCE_CHARACTERS:,} at most"
             )
-        except minijinja.TemplateError as error:
-            raise BundleError(f"the chat template doesn't compile: {error.message}") from error
+        self._source = source
+        self._special_tokens: dict[str, object] = dict(special_tokens)
+        answer = ask(source, None)
+        if answer is None:
+            raise BundleError(f"the chat template doesn't compile: it needs {_OVER_LIMIT}")
+        if "error" in answer:
+            raise BundleError(f"the chat template doesn't compile: {one_line(answer['error'])}")
 
     def render(
         self,
@@ -80,8 +69,6 @@ class ChatTemplate:
         Raises:
             RequestError: if the messages aren't well formed, or the template refuses them.
         """
-        import minijinja
-
         _check_messages(messages)
         variables = self._special_tokens | {
             "messages": _plain(messages, "messages"),
@@ -89,21 +76,18 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        try:
-            return self._environment.render_template("chat_template", **variables)
-        except _RefusedByTemplateError as error:
-            problem = f"the chat template refuses these messages: {error}"
-        except minijinja.TemplateError as error:
-            problem = f"the chat template can't render these messages: {error.message}"
-            if error.kind == "OutOfFuel":
-                problem = f"the chat template needs more than {FUEL} steps: shorten the messages"
-        except Exception as error:  # a method or filter was called with what it can't take
-            problem = f"the chat template can't render these messages: {error}"
+        answer = ask(self._source, variables)
+        if answer is None:
+            problem = f"the chat template needs {_OVER_LIMIT}: shorten the messages"
+        elif "text" in answer:
+            return answer["text"]
+        elif answer["kind"] == "refused":
+            problem = f"the chat template refuses these messages: {one_line(answer['error'])}"
+        elif answer["kind"] == "fuel":
+            problem = f"the chat template needs more than {FUEL} steps: shorten the messages"
+        else:
+            problem = f"the chat template can't render these messages: {one_line(answer['error'])}"
         raise RequestError(problem, param="messages")
-
-
-class _RefusedByTemplateError(Exception):
-    """What a template says through ``raise_exception``."""
 
 
 def _check_messages(messages: object) -> None:
@@ -128,68 +112,12 @@ def _check_messages(messages: object) -> None:
                 )
 
 
-class _List(Sequence[object]):
-    """A list that a template can't change: ``append`` and ``extend`` would cost no fuel."""
-
-    __slots__ = ("_values",)
-
-    def __init__(self, values: list[object]) -> None:
-        self._values = values
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._values[index]
-
-    def __repr__(self) -> str:
-        return repr(self._values)
-
-
-class _Map(Mapping[str, object]):
-    """A dictionary that a template can't change."""
-
-    __slots__ = ("_values",)
-
-    def __init__(self, values: dict[str, object]) -> None:
-        self._values = values
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __getitem__(self, key: str) -> object:
-        return self._values[key]
-
-    def __repr__(self) -> str:
-        return repr(self._values)
-
-
-def _read_only(value: object) -> object:
-    if isinstance(value, dict):
-        return _Map({key: _read_only(item) for key, item in value.items()})
-    if isinstance(value, list):
-        return _List([_read_only(item) for item in value])
-    return value
-
-
-def _writable(value: object) -> object:
-    """What ``json`` asks for when it meets one of the above."""
-    if isinstance(value, _Map):
-        return dict(value)
-    if isinstance(value, _List):
-        return list(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
-
-
 def _plain(value: Sequence[Mapping[str, object]], param: str) -> object:
-    """A read-only copy in which there is nothing but JSON values."""
+    """A copy in which there is nothing but JSON values."""
     try:
         text = json.dumps([dict(item) for item in value], ensure_ascii=False, allow_nan=False)
         text.encode("utf-8")
-        return _read_only(json.loads(text))
+        return json.loads(text)
     except UnicodeEncodeError as error:
         raise RequestError(
             f"{param} holds a lone surrogate, U+{ord(text[error.start]):04X}: "
@@ -198,29 +126,3 @@ def _plain(value: Sequence[Mapping[str, object]], param: str) -> object:
         ) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"{param} must hold JSON values only: {error}", param=param) from error
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes HTML; templates are written for this one of ``transformers``."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-        default=_writable,
-    )
-
-
-def _raise_exception(message: object) -> NoReturn:
-    raise _RefusedByTemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)

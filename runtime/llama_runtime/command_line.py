@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -41,7 +41,12 @@ class Commands(click.Group):
         """Run, and end the process unless ``standalone_mode`` is False; see click."""
         if not standalone_mode:
             return super().main(args, prog_name, standalone_mode=False, **kwargs)
-        sys.exit(self._status(args, prog_name, **kwargs))
+        status = self._status(args, prog_name, **kwargs)
+        try:
+            sys.stderr.flush()
+        except OSError:
+            _forget(sys.stderr)
+        sys.exit(status)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. Click itself answers both of these with other statuses."""
@@ -50,7 +55,7 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
         except BrokenPipeError:
-            forget_stdout()
+            _forget(sys.stdout)
             ctx.exit(CLOSED_PIPE)
 
     def status_of(self, error: CaravanError) -> int:
@@ -72,7 +77,7 @@ class Commands(click.Group):
         except OSError as error:
             place = "can't write to standard output"
             if error.filename is not None:
-                place = f"{os.fsdecode(error.filename)} can't be used"
+                place = f"{error.filename} can't be used"
             return _fail(f"{place}: {error.strerror or error}", FAILED)
         except MemoryError:
             return _fail("not enough memory", FAILED)
@@ -94,10 +99,10 @@ def print_out(text: str) -> None:
         raise CaravanError(f"can't write to standard output: {error.strerror}") from error
 
 
-def forget_stdout() -> None:
+def _forget(stream: TextIO) -> None:
     """Keep the interpreter from writing at its end what could not be written before."""
-    with contextlib.suppress(OSError):  # standard output is no file while under test
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError):  # under test it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def open_closed_streams() -> None:
@@ -127,5 +132,5 @@ def _is_open(number: int) -> bool:
 def _fail(message: str, status: int) -> int:
     with contextlib.suppress(OSError):
         click.echo(f"Error: {one_line(message, _LONGEST_ERROR)}", err=True)
-    forget_stdout()
+    _forget(sys.stdout)
     return status

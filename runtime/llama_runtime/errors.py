@@ -5,7 +5,7 @@ Every message is one sentence a user can act on: what is wrong, the value, the l
     CaravanError
     ├── BundleError       a bundle is missing something, altered, or of another schema
     ├── RequestError      one request is wrong; carries the parameter's name
-    │   └── CapacityError the request is fine but larger than what was set up
+    │   └── CapacityError a request is fine but larger than what was set up, or memory too small
     ├── BackendError      the compiled graph can't be loaded or failed while running
     └── DependencyError   an optional package is missing; names the command that installs it
 
@@ -36,7 +36,7 @@ class RequestError(CaravanError, ValueError):
 
 
 class CapacityError(RequestError):
-    """A request is larger than the limits that were chosen at start."""
+    """More was asked for than was set up at start, or than memory allows."""
 
 
 class BackendError(CaravanError):
@@ -45,3 +45,15 @@ class BackendError(CaravanError):
 
 class DependencyError(CaravanError):
     """An optional package is missing."""
+
+
+def one_line(text: object, limit: int = 500) -> str:
+    """What somebody else wrote, as it may stand in a message: one short line that prints.
+
+    Args:
+        text: anything; a control character in it could change a terminal.
+        limit: the most characters.
+    """
+    parts = "".join(c if c.isprintable() else "\n" for c in str(text)).split("\n")
+    line = " ".join(part.strip() for part in parts if part.strip())
+    return line if len(line) <= limit else f"{line[:limit]}..."

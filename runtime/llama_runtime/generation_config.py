@@ -20,8 +20,10 @@ def eos_token_ids(config: Mapping[str, Any]) -> frozenset[int]:
     """
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise BundleError(f"generation_config.json: eos_token_id must be token ids, not {value!r}")
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
+        raise BundleError(
+            f"generation_config.json: eos_token_id must be token ids, not {value!r:.80}"
+        )
     return frozenset(ids)
 
 

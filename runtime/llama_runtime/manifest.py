@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn, TypeVar
@@ -30,6 +31,8 @@ _GEOMETRY_LIMITS = Geometry(
     max_positions=100_000_000,
 )
 _MAX_FILE_BYTES = 2**50
+_MAX_NESTING = 32  # of lists and objects
+MANIFEST = "manifest.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 T = TypeVar("T")
@@ -135,7 +138,7 @@ class Manifest:
             licence=root.take("licence", _licence),
             geometry=root.take("geometry", _geometry),
             graphs=root.take("graphs", _list_of(_graph)),
-            special_tokens=root.take("special_tokens", _mapping_of(_text)),
+            special_tokens=root.take("special_tokens", _mapping_of(_any_text)),
             verification=root.take("verification", _mapping_of(lambda value, _: value)),
             files=root.take("files", _files),
         )
@@ -145,13 +148,43 @@ class Manifest:
 
 
 def _parse(data: bytes) -> object:
-    def refuse_constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not JSON")
-
     try:
-        return json.loads(data, parse_constant=refuse_constant)
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_without_repeats,
+            parse_constant=_refuse_constant,
+        )
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise BundleError(
+            "manifest.json holds half of a surrogate pair, which is no character"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise BundleError(f"manifest.json is not JSON: {error}") from error
+    if _deeper_than(_MAX_NESTING, value):
+        raise BundleError(f"manifest.json is nested over {_MAX_NESTING} levels deep")
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Of a key that comes twice, two readers may take different values."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r:.80} comes twice")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _deeper_than(levels: int, value: object) -> bool:
+    if not isinstance(value, (list, dict)):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_deeper_than(levels - 1, item) for item in items)
 
 
 def _check_schema(schema: int) -> None:
@@ -198,10 +231,18 @@ class _Object:
             raise BundleError(f"{self._where} has an unknown field '{min(self._left)}'")
 
 
-def _text(value: object, where: str) -> str:
+def _any_text(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise BundleError(f"{where} must be text, not {value!r:.80}")
     return value
+
+
+def _text(value: object, where: str) -> str:
+    """A text that is shown: a control character in it could change a terminal."""
+    text = _any_text(value, where)
+    if not text.isprintable():
+        raise BundleError(f"{where} must be text that prints on one line, not {value!r:.80}")
+    return text
 
 
 def _integer(low: int, high: int) -> Callable[[object, str], int]:
@@ -221,8 +262,8 @@ def _sha256(value: object, where: str) -> str:
 
 def _file_name(value: object, where: str) -> str:
     """A name that stays inside the bundle on every operating system."""
-    name = _text(value, where)
-    outside = any(part in ("", ".", "..") for part in name.split("/"))
+    name = _any_text(value, where)
+    outside = any(part in ("", ".", "..") or part[-1] in ". " for part in name.split("/"))
     if outside or "\\" in name or ":" in name or not name.isprintable():
         raise BundleError(f"{where}: {name!r:.80} is not the name of a file inside the bundle")
     return name
@@ -276,7 +317,15 @@ def _geometry(value: object, where: str) -> Geometry:
 
 def _files(value: object, where: str) -> dict[str, FileEntry]:
     entries = _mapping_of(_record(FileEntry, size=_integer(0, _MAX_FILE_BYTES), sha256=_sha256))
-    return {_file_name(name, where): entry for name, entry in entries(value, where).items()}
+    files = {_file_name(name, where): entry for name, entry in entries(value, where).items()}
+    spellings: dict[str, str] = {}
+    for name in (MANIFEST, *files):
+        other = spellings.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other is not name:
+            raise BundleError(
+                f"{where}: {name!r:.80} and {other!r:.80} are the same file on some systems"
+            )
+    return files
 
 
 _source = _record(Source, format=_text, file=_text, sha256=_sha256)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 REDRAW_SECONDS = 0.25  # on a terminal
@@ -28,15 +28,16 @@ class Console:
 
     def __init__(self, stream: TextIO, *, quiet: bool = False, with_status: bool = True) -> None:
         self._stream = stream
-        self._quiet = quiet
+        self.quiet = quiet
         self._with_status = with_status and not quiet
         self.is_terminal = stream.isatty()
 
     def say(self, line: str) -> None:
         """Write a line."""
-        if not self._quiet:
-            self._stream.write(line + "\n")
-            self._stream.flush()
+        if not self.quiet:
+            with suppress(OSError):  # nobody reads it any more, which is no reason to end the work
+                self._stream.write(line + "\n")
+                self._stream.flush()
 
     @contextmanager
     def status(self, parts: Callable[[], Sequence[str]]) -> Iterator[None]:

@@ -10,13 +10,15 @@ The ``tokenizers`` package is imported when the first tokenizer is opened.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_runtime.errors import BundleError, RequestError
+from llama_runtime.errors import BundleError, RequestError, one_line
 from llama_runtime.token_bytes import TokenBytes
+from llama_runtime.tokenizer_file import read_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -33,12 +35,13 @@ class Tokenizer:
     """
 
     def __init__(self, path: Path) -> None:
+        data = read_tokenizer(path)
         from tokenizers import Tokenizer as Backend
 
         try:
-            self._backend = Backend.from_file(str(path))
-        except Exception as error:  # `tokenizers` raises nothing more exact
-            raise BundleError(f"{path} can't be read as a tokenizer: {error}") from error
+            self._backend = Backend.from_buffer(data)
+        except BaseException as error:
+            raise BundleError(f"{path} can't be read as a tokenizer: {_reason(error)}") from error
         # A tokenizer saved by a training script may cut or pad every text that it encodes.
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -47,29 +50,32 @@ class Tokenizer:
         """Token ids of a raw prompt.
 
         Raises:
-            RequestError: if the text holds a lone surrogate.
+            RequestError: if the text holds a lone surrogate, or the tokenizer fails on it.
         """
         _check_text(text, "prompt", param="prompt")
-        return _without_second_opening(self._backend.encode(text))
+        with _encoding("prompt"):
+            return _without_second_opening(self._backend.encode(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of many raw prompts, on all cores.
 
         Raises:
-            RequestError: if one of the texts holds a lone surrogate.
+            RequestError: if one of the texts holds a lone surrogate, or the tokenizer fails on it.
         """
         for index, text in enumerate(texts):
             _check_text(text, f"prompt {index}", param="prompt")
-        return [_without_second_opening(one) for one in self._backend.encode_batch(list(texts))]
+        with _encoding("prompt"):
+            return [_without_second_opening(one) for one in self._backend.encode_batch(list(texts))]
 
     def encode_templated(self, text: str) -> list[int]:
         """Token ids of what a chat template wrote.
 
         Raises:
-            RequestError: if the text holds a lone surrogate.
+            RequestError: if the text holds a lone surrogate, or the tokenizer fails on it.
         """
         _check_text(text, "templated conversation", param="messages")
-        return self._backend.encode(text, add_special_tokens=False).ids
+        with _encoding("messages"):
+            return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text that the tokens write, equal to what a `Detokenizer` streams."""
@@ -92,6 +98,26 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the highest token id; the model's own V may be padded beyond it."""
         return len(self.byte_table)
+
+
+@contextmanager
+def _encoding(param: str) -> Iterator[None]:
+    """Name the parameter in what the library raises about a text."""
+    try:
+        yield
+    except BaseException as error:
+        message = f"the tokenizer can't encode the {param}: {_reason(error)}"
+        raise RequestError(message, param=param) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in the library, which raises nothing more exact than ``Exception``.
+
+    A panic of Rust derives from ``BaseException``, as what must be passed on does.
+    """
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    return one_line(error)
 
 
 def _check_text(text: str, name: str, *, param: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,31 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "another model": (header([key("general.architecture", 8, string(b"bert"))], []), "'bert'"),
     "sizes missing": (header([ARCHITECTURE], []), "llama.embedding_length"),
 }
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (struct.pack("<IQ", 8, 15_000_000), "15000000 elements or more; the limit is 2097152"),
+        (struct.pack("<IQ", 0, 120_000_000), "120000000 elements or more"),
+        (struct.pack("<IQ", 7, 2_097_153), "2097153 elements or more"),
+    ],
+)
+def test_arrays_of_a_sparse_file_are_refused_before_they_are_read(
+    value: bytes, said: str, tmp_path: Path
+) -> None:
+    """Empty strings in a hole of a file: 15 million objects from no bytes at all."""
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(header([key("a", 9, value)], []))
+    os.truncate(path, 127_000_000)
+    assert said in refusal(path)
+
+
+def test_a_string_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(header([key("a", 8, struct.pack("<Q", 2**22 + 1))], []))
+    os.truncate(path, 2**23)
+    assert "a string of its header has 4194305 bytes; the limit is 4194304" in refusal(path)
 
 
 @pytest.mark.parametrize("case", HOSTILE)

@@ -192,9 +192,12 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("writer", ["torch", "torch legacy", "pickle 2", "pickle 4", "pickle 5"])
 @pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "model.pt", SINGLE, "config.json", "model.gguf", "model.pth"]
+    "writer", ["torch", "torch legacy", *(f"pickle {protocol}" for protocol in range(6))]
+)
+@pytest.mark.parametrize(
+    "name",
+    ["pytorch_model.bin", "model.PT", SINGLE, "config.json", "model.gguf", "model.pth", "a.pickle"],
 )
 def test_pickles_are_never_opened(directory: Path, writer: str, name: str) -> None:
     sprung = directory / "sprung"
@@ -210,7 +213,7 @@ def test_pickles_are_never_opened(directory: Path, writer: str, name: str) -> No
     assert "pickle" in message
     assert "safetensors" in message
     assert not sprung.exists()
-    if name.endswith((".bin", ".pt", ".pth")):
+    if name.lower().endswith((".bin", ".pt", ".pth", ".pickle")):
         assert "is a pickle" in refusal(path)
 
 

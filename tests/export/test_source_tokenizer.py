@@ -101,7 +101,10 @@ def test_a_directory_without_tokenizer_json_says_how_to_write_one(tmp_path: Path
     [
         ("tokenizer.json", "{}", "tokenizer.json is not a usable tokenizer: "),
         ("tokenizer.json", "", "tokenizer.json is not a usable tokenizer: "),
+        ("tokenizer.json", '{"normalizer": {"type": "Precompiled"}}', "usable tokenizer: .*Precom"),
         ("config.json", "{", "config.json is not JSON: "),
+        ("config.json", '{"a":' + "[" * 100_000, "config.json is not JSON: "),
+        ("tokenizer_config.json", '{"bos_token": "\\ud800"}', "half of a surrogate pair"),
         ("config.json", "[1]", r"config.json holds \[1\]; it must hold a JSON object"),
         ("config.json", '{"eos_token_id": "2"}', r"eos_token_id in .*config.json is '2'; it must"),
         ("generation_config.json", '{"eos_token_id": [true]}', r"eos_token_id in .* is \[True\]"),

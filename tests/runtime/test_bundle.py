@@ -143,6 +143,52 @@ def test_a_place_that_is_no_bundle_says_what_builds_one(tmp_path: Path, bundle: 
     refused(bundle, "has no manifest.json", "llama-export build")
 
 
+def test_a_path_that_can_be_none_is_refused() -> None:
+    with pytest.raises(BundleError, match="zero byte"):
+        open_bundle(Path("a\0b"))
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        ("tokenizer.json", 2**20 + 512 * 100),
+        ("generation_config.json", 2**20),
+        ("chat_template.jinja", 2**20),
+    ],
+)
+def test_a_text_larger_than_it_needs_to_be_is_refused_before_it_is_read(
+    bundle: Path, hashed: list[str], name: str, limit: int
+) -> None:
+    for size in (limit, limit + 1):
+        os.truncate(bundle / name, size)
+        content = json.loads((bundle / "manifest.json").read_text())
+        content["files"][name]["size"] = size
+        (bundle / "manifest.json").write_text(json.dumps(content))
+        words = "sha256 is another" if size == limit else f"may have {limit:,} at most"
+        hashed.clear()
+        with pytest.raises(BundleError, match=words):
+            open_bundle(bundle)
+    assert hashed == []
+
+
+def test_more_bytes_than_a_model_of_the_geometry_has_are_refused_before_they_are_hashed(
+    bundle: Path, hashed: list[str]
+) -> None:
+    os.truncate(bundle / "model.safetensors", 10**12)  # sparse
+    content = json.loads((bundle / "manifest.json").read_text())
+    content["files"]["model.safetensors"]["size"] = 10**12
+    (bundle / "manifest.json").write_text(json.dumps(content))
+    refused(bundle, "1,000,000,", "a model of its geometry")
+    assert hashed == []
+
+
+def test_more_files_than_a_bundle_has_are_refused(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama_runtime.bundle._MAX_ENTRIES", 8)
+    refused(bundle, "holds more than 8 files")
+
+
 def test_a_directory_behind_a_symbolic_link_opens(tmp_path: Path, bundle: Path) -> None:
     (tmp_path / "link").symlink_to(bundle, target_is_directory=True)
     assert open_bundle(tmp_path / "link").path == bundle

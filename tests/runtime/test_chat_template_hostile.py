@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llama_runtime import template_process
 from llama_runtime.chat_template import ChatTemplate
 from llama_runtime.errors import BundleError, RequestError
 
@@ -79,6 +85,123 @@ def test_a_template_bomb_is_stopped(source: str) -> None:
     with pytest.raises(RequestError, match="more than 500000 steps"):
         template.render(USER)
     assert time.perf_counter() - start < 0.5
+
+
+GROWING = (
+    "{% set n = namespace(x=['aaaaaaaa'], y=['aaaaaaaa']) %}{% for i in range(26) %}"
+    "{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ USE }}"
+)
+DEEP = "{% set n = namespace(x=[]) %}{% for i in range(30000) %}{% set n.x = [n.x] %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *(
+            GROWING.replace("USE", use)
+            for use in (
+                "n.x|tojson",
+                "n.x == n.y",
+                "[n.x, n.y]|sort",
+                "raise_exception(n.x)",
+            )
+        ),
+        "{{ '{:>1000000000}'.format('x') }}",
+        "{{ '{:.1000000000f}'.format(1.0) }}",
+        "{{ [[1]]|tojson(indent=1000000000) }}",
+        DEEP + "{{ n.x|tojson }}",
+        "{% set n = namespace(x=[1]) %}{% for i in range(40) %}{% set n.x = n.x + n.x %}"
+        "{% endfor %}{{ n.x|length }}",
+    ],
+)
+def test_a_bomb_that_costs_no_fuel_ends_its_own_process(source: str) -> None:
+    """These cost seconds, gigabytes or a crash where templates are rendered in-process."""
+    template = ChatTemplate(source, {})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    with pytest.raises(RequestError, match=r"more than 0\.5 s or 160 MB: shorten the messages"):
+        template.render(USER)
+    assert time.perf_counter() - start < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000  # kilobytes
+    assert ChatTemplate(PLAIN, {}).render(USER) == "user: a"
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ " + "-" * 100_000 + "1 }}", "{{ 1" + "+1" * 100_000 + " }}", "x" * 300_000]
+)
+def test_a_source_that_breaks_the_compiler_is_a_bundle_error(source: str) -> None:
+    with pytest.raises(BundleError, match="the chat template "):
+        ChatTemplate(source, {})
+    assert ChatTemplate(PLAIN, {}).render(USER) == "user: a"
+
+
+def test_ctrl_c_while_a_template_is_rendered_leaves_no_answer_for_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    template = ChatTemplate(PLAIN, {})
+
+    def interrupted(_: object) -> bytes:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(template_process, "read_frame", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            template.render([{"role": "user", "content": "first"}])
+    assert template.render([{"role": "user", "content": "second"}]) == "user: second"
+
+
+def test_a_renderer_that_was_killed_is_started_again() -> None:
+    template = ChatTemplate(PLAIN, {})
+    process = template_process._shared._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert template.render(USER) == "user: a"
+
+
+def test_the_renderer_takes_no_signal_of_the_terminal_and_ends_with_its_program(
+    tmp_path: Path,
+) -> None:
+    code = (
+        "import os\nfrom llama_runtime import template_process\n"
+        "from llama_runtime.chat_template import ChatTemplate\n"
+        "ChatTemplate('a', {})\npid = template_process._shared._process.pid\n"
+        "print(pid, os.getpgid(pid) != os.getpgrp(), flush=True)\nos._exit(0)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
+    )
+    pid, apart = run.stdout.split()
+    assert (apart, run.stderr) == ("True", "")
+    end = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text():
+        assert time.monotonic() < end, "the renderer has outlived its program"
+        time.sleep(0.01)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_renders_with_a_process_of_its_own() -> None:
+    template = ChatTemplate(PLAIN, {})
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if template.render(USER) == "user: a" else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert template.render(USER) == "user: a"
+
+
+def test_without_an_interpreter_templates_are_rendered_here(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a program that embeds Python; what it would start is the program itself."""
+    monkeypatch.setattr(sys, "executable", "/usr/bin/some-server")
+    assert ChatTemplate(PLAIN, {}).render(USER) == "user: a"
+    assert "without limits" in caplog.text
+
+
+def test_a_long_conversation_is_rendered() -> None:
+    messages = [{"role": "user", "content": f"message {i}"} for i in range(5_000)]
+    text = ChatTemplate(PLAIN, {}).render([*messages, {"role": "user", "content": "x" * 3_000_000}])
+    assert text.endswith("x" * 1000)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from click.types import FloatParamType, IntParamType
 
 from llama_runtime import __version__, llm
 from llama_runtime.cli import cli
+from llama_runtime.machine import Memory
 from llama_runtime.params import SamplingParams
 
 Run = Callable[..., Result]
@@ -137,6 +139,7 @@ WRONG_USES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "directory": (lambda f: ["batch", f], "is a directory"),
     "empty": (bad_file(b""), "bad.txt is empty: it has no prompts"),
     "blank": (bad_file(b" \n\n"), "bad.txt is empty: it has no prompts"),
+    "no name": (lambda _: ["batch", ""], "the name of the prompts file is empty"),
     "binary": (bad_file(b"\x00\x01\x02"), "is not text"),
     "latin-1": (bad_file(b"ok\ncaf\xe9\n"), "line 2 is not UTF-8 text: byte 0xE9 at position 4"),
     "temperature": (
@@ -161,6 +164,12 @@ WRONG_USES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         "max_len must lie in 2 to 512, not 513",
     ),
     "max-batch": (lambda f: ["batch", f / "prompts.txt", "--max-batch", 0], "'--max-batch'"),
+    "plan max-len": (lambda _: ["plan", "--max-len", 513], "max_len must lie in 2 to 512, not 513"),
+    "plan max-batch": (
+        lambda _: ["plan", "--max-batch", 1025],
+        "max_batch must lie in 1 to 1024, not 1025",
+    ),
+    "plan no bundle": (lambda f: ["plan", "--bundle", f / "nowhere"], "nowhere does not exist"),
     "unknown option": (lambda f: ["batch", f / "prompts.txt", "--fast"], "--fast"),
     "no bundle": (
         lambda f: ["batch", f / "prompts.txt", "--bundle", f / "nowhere"],
@@ -195,6 +204,43 @@ def test_wrong_use_is_one_sentence_and_status_2(
     assert words in error[0]
     assert result.stdout == ""
     assert sorted(path for path in tmp_path.rglob("*.jsonl")) == before
+
+
+NO_NUMBERS = ("", "nan", "inf", "-inf", "1e999", "many", "0x10", "1;2")
+OUT_OF_RANGE = {
+    "--max-tokens": ("-1", "0", "1.5", "2147483648", "9" * 30),
+    "--temperature": ("-1", "-1e-9", "100.1", "9" * 30),
+    "--top-p": ("-1", "0", "1e-400", "1.0000001", "2"),
+    "--top-k": ("-1", "1.5", "2147483648"),
+    "--seed": ("-1", "1.5", str(2**64)),
+    "--threads": ("-1", "0", "1.5", "1025", "9" * 30),
+    "--max-batch": ("-1", "0", "1.5", "1025", "9" * 30),
+    "--max-len": ("-1", "0", "1", "1.5", "513", "9" * 30),
+}
+
+
+def test_every_option_that_is_a_number_is_in_the_table() -> None:
+    numbers = {
+        option.opts[0]
+        for command in cli.commands.values()
+        for option in command.params
+        if isinstance(option.type, (IntParamType, FloatParamType))
+    }
+    assert numbers == OUT_OF_RANGE.keys()
+
+
+@pytest.mark.parametrize("option", OUT_OF_RANGE)
+def test_a_number_out_of_range_is_one_sentence_and_status_2(
+    run: Run, prompts: Path, option: str
+) -> None:
+    for value in (*OUT_OF_RANGE[option], *NO_NUMBERS):
+        result = run("batch", prompts, "-q", f"{option}={value}")
+        assert result.exit_code == 2, value
+        last = result.stderr.splitlines()[-1]
+        assert last.startswith("Error: ")
+        assert option in last or option[2:].replace("-", "_") in last
+        assert sum("Error" in line for line in result.stderr.splitlines()) == 1
+        assert not (prompts.parent / "prompts.results.jsonl").exists()
 
 
 def test_an_empty_standard_input_is_status_2(run: Run) -> None:
@@ -243,9 +289,89 @@ def test_inspect_shows_the_bundle_and_its_manifest(run: Run, fake_bundle: Path) 
     assert manifest.encode() == (fake_bundle / "manifest.json").read_bytes()
 
 
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """82 MB: less than the fake model and 32 slots of its longest sequence need."""
+
+    def available_memory(mapped_bytes: int) -> Memory:
+        return Memory(82_000_000, "container")
+
+    monkeypatch.setattr(llm, "available_memory", available_memory)
+
+
+def test_a_plan_that_fits_is_a_table_and_status_0(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm, "open_session", None)  # so that loading would fail
+    result = run("plan", "--max-batch", 4, "--max-len", 100)
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[0] == "max_batch 4, max_len 100"
+    names = [line.split(" ")[0] for line in lines[2:7]]
+    assert names == ["weights", "cache", "workspace", "total", "available"]
+    assert lines[6].endswith(" MB  this machine")
+    assert lines[8:] == [
+        "fits",
+        "max_batch up to   1024 at max_len 100",
+        "max_len up to      512 at max_batch 4",
+    ]
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_a_plan_that_does_not_fit_says_what_does_and_is_status_1(run: Run) -> None:
+    result = run("plan", "--max-len", 500)
+    assert result.exit_code == 1
+    assert "does not fit" in result.stdout
+    assert "82 MB  container" in result.stdout
+    (error,) = result.stderr.splitlines()
+    assert error.startswith("Error: max_batch 32 and max_len 500 need ")
+    found = json.loads(run("plan", "--max-len", 500, "--json").stdout)
+    assert found["fits"] is False
+    assert error.endswith(
+        f": set max_batch {found['largest_max_batch']}, or max_len {found['largest_max_len']}"
+    )
+    for option in ("max_batch", "max_len"):
+        setting = {"max_batch": 32, "max_len": 500, option: found[f"largest_{option}"]}
+        given = ("--max-batch", setting["max_batch"], "--max-len", setting["max_len"])
+        assert run("plan", *given).exit_code == 0
+
+
+def test_plan_json_is_one_object_with_sizes_in_bytes(run: Run) -> None:
+    result = run("plan", "--json")
+    found = json.loads(result.stdout)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert found["total"] == found["weights"] + found["cache"] + found["workspace"]
+    assert found["cache"] == 64 * 32 * (512 + 128)
+    assert (found["max_batch"], found["max_len"], found["fits"]) == (32, 512, True)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_too_little_memory_is_refused_before_anything_is_loaded(
+    run: Run, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm, "open_session", None)  # so that loading would fail
+    for args in (
+        ["batch", prompts, "--max-len", 500],
+        ["batch", prompts, "--max-tokens", 400, "--max-batch", 64],
+        ["batch", "-"],
+    ):
+        result = run(*args, stdin=b"one\n")
+        assert result.exit_code == 2, result.output
+        (error,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+        assert "82 MB are available (container): set max_batch " in error
+        assert not list(prompts.parent.glob("*.results.jsonl"))
+
+
+def test_batch_says_how_much_memory_it_may_take(run: Run, prompts: Path) -> None:
+    said = run("batch", prompts, "--max-tokens", 4).stderr.splitlines()
+    (line,) = [line for line in said if line.startswith("memory: weights 0 MB, cache up to ")]
+    assert line.endswith(" available")
+    assert said[said.index(line) + 1].startswith("max_batch 32, max_len ")
+
+
 def test_help_and_version_read_well_at_every_level(run: Run) -> None:
     assert run("--version").stdout == f"Caravan {__version__} (llama-run)\n"
-    for command in ([], ["batch"], ["generate"], ["inspect"]):
+    for command in ([], ["batch"], ["generate"], ["inspect"], ["plan"]):
         result = run(*command, "--help")
         assert result.exit_code == 0
         assert "Example" in result.stdout

@@ -15,6 +15,19 @@ import pytest
 
 from llama_runtime import __version__
 
+# The command itself, from its first import on, with the fake backend.
+FAKE = """
+import sys
+from llama_runtime import llm
+from llama_runtime.backends.fake import Fake
+llm.open_session = lambda graph, threads: None
+llm.OrtCpu = lambda session, geometry, *, num_slots, capacity: Fake(
+    num_slots, capacity, geometry.vocab_size
+)
+from llama_runtime.__main__ import main
+main()
+"""
+
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
@@ -127,3 +140,91 @@ if sys.platform != "win32":  # which has no named pipes of this kind
         out, _ = run.communicate(timeout=20)
         assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["one", "two"]
         assert run.returncode == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="descriptors of POSIX")
+@pytest.mark.parametrize(
+    ("arguments", "closed", "status", "said"),
+    [
+        ("batch -", 0, 2, "standard input is empty: it has no prompts"),
+        ("generate -", 0, 2, "the prompt is empty"),
+        ("--help", 1, 1, "can't write to standard output: Bad file descriptor"),
+        ("inspect", 1, 1, "can't write to standard output: Bad file descriptor"),
+        ("batch prompts.txt -q -o -", 1, 1, "can't write to standard output: Bad file descriptor"),
+        ("batch prompts.txt", 2, 0, ""),
+        ("batch nowhere.txt", 2, 2, ""),
+    ],
+)
+def test_a_standard_stream_that_is_closed_is_no_surprise(
+    arguments: str, closed: int, status: int, said: str, prompts: Path, fake_bundle: Path
+) -> None:
+    """Python has None in its place, and the results would be the next file to take its number."""
+    run = subprocess.run(
+        [
+            "sh",
+            "-c",
+            f'exec "$@" {closed}>&-',
+            "sh",
+            sys.executable,
+            "-c",
+            FAKE,
+            *arguments.split(),
+        ],
+        env={**os.environ, "LLAMA_RUN_BUNDLE": os.fspath(fake_bundle)},
+        cwd=prompts.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == status, run.stderr
+    assert run.stderr.splitlines()[-1:] == ([f"Error: {said}"] if said else [])
+    if status == 0:
+        results = (prompts.parent / "prompts.results.jsonl").read_text().splitlines()
+        assert [json.loads(line)["index"] for line in results] == list(range(12))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_messages_that_nobody_can_read_do_not_end_the_work(
+    fake_llama_run: list[str], prompts: Path
+) -> None:
+    with open("/dev/full", "wb") as full:
+        run = subprocess.run(
+            [*fake_llama_run, "0", "batch", str(prompts), "--max-tokens", "3"], stderr=full
+        )
+    assert run.returncode == 0
+    assert (prompts.parent / "prompts.results.jsonl").read_text().count("\n") == 12
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+@pytest.mark.parametrize("arguments", ["--help", "--version", "batch --help"])
+def test_help_without_room_is_one_sentence(arguments: str) -> None:
+    with open("/dev/full", "wb") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "llama_runtime", *arguments.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert run.returncode == 1
+    assert run.stderr == "Error: can't write to standard output: No space left on device\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [("--help", 1), ("batch --help", 141), ("inspect", 141), ("plan", 141), ("generate hi", 141)],
+)
+def test_a_pipe_that_is_closed_from_the_start_is_quiet(
+    fake_llama_run: list[str], arguments: str, status: int
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = subprocess.run(
+        [*fake_llama_run, "0", *arguments.split()],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writing)
+    assert (run.returncode, run.stderr) == (status, "")

@@ -133,6 +133,38 @@ def test_a_wrong_prompt_is_a_sentence(llm: LLM, prompt: Any, message: str) -> No
     assert refusal.value.param == "prompt"
 
 
+@pytest.mark.parametrize(
+    ("call", "param"),
+    [
+        (lambda llm: llm.generate(None), "prompts"),
+        (lambda llm: llm.generate(5), "prompts"),
+        (lambda llm: llm.generate(b"text"), "prompts"),
+        (lambda llm: llm.generate({"a": 1}), "prompts"),
+        (lambda llm: llm.generate(iter(["a"])), "prompts"),
+        (lambda llm: llm.generate("a", {"max_tokens": 3}), "params"),
+        (lambda llm: llm.generate("a", 3), "params"),
+        (lambda llm: llm.generate("a", [3]), "params"),
+        (lambda llm: llm.generate("a", [TEN, TEN]), "params"),
+        (lambda llm: llm.stream(b"text"), "prompt"),
+        (lambda llm: llm.stream("a", {"max_tokens": 3}), "params"),
+        (lambda llm: llm.chat(5), "conversations"),
+        (lambda llm: llm.chat({"role": "user", "content": "a"}), "conversations"),
+        (lambda llm: llm.generate_batch(None), "prompts"),
+        (lambda llm: llm.generate_batch("text"), "prompts"),
+        (lambda llm: llm.generate_batch(["a"], temperature=float("nan")), "temperature"),
+        (lambda llm: llm.generate_batch(["a"], seed=2**64), "seed"),
+        (lambda llm: list(llm.run(5)), "requests"),
+        (lambda llm: list(llm.run(["a"])), "requests"),
+        (lambda _: LLM(None), "bundle"),  # type: ignore[arg-type]
+        (lambda _: LLM(b"bundle"), "bundle"),  # type: ignore[arg-type]
+    ],
+)
+def test_an_argument_of_the_wrong_type_is_named(llm: LLM, call: Any, param: str) -> None:
+    with pytest.raises(RequestError) as refusal:
+        call(llm)
+    assert refusal.value.param == param
+
+
 def test_one_wrong_prompt_among_many_leaves_nothing_running(llm: LLM) -> None:
     with pytest.raises(RequestError):
         llm.generate(["a"] * 9 + [""] + ["b"] * 9, TEN)

@@ -78,7 +78,23 @@ def test_what_was_written_is_read_back() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../x", "/x", "a//b", "a/./b", "a/../b", "..", ".", "", "a\\b", "C:x", "a\nb", "a\0b", "a/"],
+    [
+        "a.",
+        "a ",
+        "../x",
+        "/x",
+        "a//b",
+        "a/./b",
+        "a/../b",
+        "..",
+        ".",
+        "",
+        "a\\b",
+        "C:x",
+        "a\nb",
+        "a\0b",
+        "a/",
+    ],
 )
 def test_names_that_leave_the_bundle_are_refused(name: str) -> None:
     data = edited(lambda m: m["files"].update({name: m["files"]["README.md"]}))
@@ -94,6 +110,11 @@ def test_names_that_leave_the_bundle_are_refused(name: str) -> None:
         (b"[" * 100_000, "not JSON"),
         (b'{"schema": NaN}', "not JSON"),
         (b'{"schema": 1' + b"0" * 5_000 + b"}", "not JSON"),
+        (b'{"schema": 1, "schema": 1}', "the key 'schema' comes twice"),
+        (b'{"schema": {"a": 1, "a": 2}}', "the key 'a' comes twice"),
+        ('{"schema": 1}'.encode("utf-16"), "not JSON"),
+        (b'{"schema": 1, "name": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"a":' * 33 + b"1" + b"}" * 33, "nested over 32 levels"),
         (b"[]", "must be an object"),
         (b"{}", "has no 'schema'"),
     ],
@@ -123,6 +144,10 @@ def test_another_schema_says_what_to_do(schema: object, words: str) -> None:
         (lambda m: m.pop("licence"), "has no 'licence'"),
         (lambda m: m["geometry"].pop("head_dim"), "geometry has no 'head_dim'"),
         (put("name", value=1), "name must be text, not 1"),
+        (put("name", value="a\x1b[2J"), "name must be text that prints on one line"),
+        (put("source", "file", value="a\nb"), "file must be text that prints on one line"),
+        (put("files", "readme.MD", value={"size": 3, "sha256": "a" * 64}), "are the same file"),
+        (put("files", "Manifest.json", value={"size": 3, "sha256": "a" * 64}), "the same file"),
         (put("created_by", "torch", value=2.13), "created_by: torch must be text"),
         (put("source", "sha256", value="F" * 64), "sha256 must be 64 lower-case hexadecimal"),
         (put("licence", "name", value=[]), "licence: name must be text"),

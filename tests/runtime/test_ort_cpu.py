@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -179,6 +180,52 @@ def test_a_missing_onnxruntime_names_the_command_that_installs_it(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(DependencyError, match=r"pip install 'llama-caravan\[cpu\]'"):
         import_onnxruntime()
+
+
+@pytest.mark.parametrize("second", ["onnxruntime-gpu", "onnxruntime-directml"])
+def test_two_distributions_of_onnxruntime_are_refused_without_importing_either(
+    second: str, tmp_path: Path
+) -> None:
+    """Each has overwritten files of the other, and which one works is a matter of luck."""
+    for name in ("onnxruntime", second):
+        folder = tmp_path / f"{name.replace('-', '_')}-1.32.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.32.0\n")
+    code = (
+        "import sys\nfrom llama_runtime.errors import DependencyError\n"
+        "from llama_runtime.backends.ort_cpu import import_onnxruntime\n"
+        "try:\n    import_onnxruntime()\n"
+        "except DependencyError as error:\n    print(error, 'onnxruntime' in sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert f"onnxruntime and {second} are both installed" in run.stdout
+    assert f"pip uninstall onnxruntime {second}" in run.stdout
+    assert run.stdout.endswith(" False\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_layers": 3}, "'past_key_values.2.key' is absent and must be"),
+        ({"num_layers": 1}, r"'past_key_values.1.key' is tensor\(float\).* and must be absent"),
+        ({"num_kv_heads": 4}, r"\[\?, 2, \?, 32\] and must be tensor\(float\) \[\?, 4, \?, 32\]"),
+        ({"head_dim": 64}, r"must be tensor\(float\) \[\?, 2, \?, 64\]"),
+        ({"vocab_size": 10**7}, r"'logits' is tensor\(float\) \[\?, 512\] and must be .*10000000"),
+    ],
+)
+def test_a_geometry_that_is_not_the_graphs_is_refused_before_anything_is_allocated(
+    bundle: Bundle, session: Any, changes: dict[str, int], words: str
+) -> None:
+    geometry = dataclasses.replace(bundle.manifest.geometry, **changes)
+    with pytest.raises(BackendError, match=words):
+        OrtCpu(session, geometry, num_slots=10**6, capacity=10**6)
 
 
 def test_an_onnxruntime_without_ragged_attention_is_refused(

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import BinaryIO
 
 from llama_runtime.batch.rows import Row, Source
 from llama_runtime.completion import Completion
 from llama_runtime.errors import CaravanError, RequestError
+from llama_runtime.interrupts import Held
 
 
 def result_line(row: Row, completion: Completion, seed: int | None) -> bytes:
@@ -122,7 +120,7 @@ class ResultFile:
             CaravanError: the system refuses.
             BrokenPipeError: whoever read the output has gone.
         """
-        with _InterruptsHeld():
+        with Held():
             try:
                 if self._file is None:
                     self._file = self._open()
@@ -184,33 +182,3 @@ def _write_or_take_back(file: BinaryIO, line: bytes) -> None:
             with contextlib.suppress(OSError):
                 file.truncate(start)
         raise
-
-
-class _InterruptsHeld:
-    """Keeps Ctrl-C from tearing a line: one that comes inside is raised at the end.
-
-    A second one isn't held, in case the line never gets through. In other threads than the main
-    one, which no Ctrl-C reaches, it does nothing.
-    """
-
-    def __enter__(self) -> None:
-        self._came = False
-        self._in_main = threading.current_thread() is threading.main_thread()
-        if self._in_main:
-            self._previous = signal.signal(signal.SIGINT, self._take)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._in_main:
-            signal.signal(signal.SIGINT, self._previous)
-        if self._came and kind is None:
-            raise KeyboardInterrupt
-
-    def _take(self, _number: int, _frame: FrameType | None) -> None:
-        if self._came:
-            raise KeyboardInterrupt
-        self._came = True

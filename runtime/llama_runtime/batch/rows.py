@@ -87,6 +87,8 @@ class Source:
         """
         if name == "-":
             return cls(None)
+        if not name:
+            raise _refuse("the name of the prompts file is empty")
         path = Path(name)
         try:
             is_directory = stat.S_ISDIR(path.stat().st_mode)

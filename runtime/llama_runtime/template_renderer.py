@@ -1,0 +1,227 @@
+"""Renders chat templates, as the program of a process of its own.
+
+The reference that renders them is ``transformers``. Here ``minijinja`` does, with the same
+settings, filters and variables. A template sees read-only copies of the messages and nothing else
+of Python, and a fuel limit ends one that loops.
+
+Fuel doesn't pay for everything: comparing or printing lists that hold each other, the widths of
+``str.format`` and long chains of operators cost seconds, memory or the process. That is why
+``template_process`` runs this module in a process with limits.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import IO, Any, NoReturn
+
+# Fuel pays for each instruction and for the text it makes. In published templates a message costs
+# 25 to 45 units and one unit writes 10 to 20 characters: this is room for 10,000 messages or
+# 5 million characters, and stops a template that only loops within 0.1 s.
+FUEL = 500_000
+CPU_SECONDS = 0.5  # of one rendering
+MEMORY_BYTES = 160 * 2**20  # of addresses, where the system can limit them; 19 are there at first
+
+Answer = dict[str, str]
+
+
+class Renderer:
+    """A compiled template.
+
+    Args:
+        source: the Jinja source.
+
+    Raises:
+        minijinja.TemplateError: the source doesn't compile.
+    """
+
+    def __init__(self, source: str) -> None:
+        import minijinja
+
+        self._environment = minijinja.Environment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            fuel=FUEL,
+            debug=False,  # else errors carry a picture of the template
+            filters={"tojson": _to_json},
+            globals={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
+        )
+        # Jinja reads every line ending as \n
+        self._environment.add_template(
+            "chat_template", source.replace("\r\n", "\n").replace("\r", "\n")
+        )
+
+    def render(self, variables: Mapping[str, object]) -> Answer:
+        """The text, or what went wrong by its kind: "refused", "fuel" or "render"."""
+        import minijinja
+
+        try:
+            values = {name: _read_only(value) for name, value in variables.items()}
+            return {"text": self._environment.render_template("chat_template", **values)}
+        except _RefusedByTemplateError as error:
+            return {"kind": "refused", "error": str(error)}
+        except minijinja.TemplateError as error:
+            kind = "fuel" if error.kind == "OutOfFuel" else "render"
+            return {"kind": kind, "error": str(error.message)}
+        except MemoryError:
+            raise
+        except Exception as error:  # a method or filter was called with what it can't take
+            return {"kind": "render", "error": str(error)}
+
+
+def answer(request: bytes) -> Answer:
+    """Compile a template and, if the request has variables, render it.
+
+    Args:
+        request: JSON with ``source`` and ``variables``, which may be null.
+
+    Returns:
+        ``text``, or ``error`` and its ``kind``: those of ``Renderer.render``, or "compile".
+    """
+    import minijinja
+
+    asked = json.loads(request)
+    source, variables = asked["source"], asked["variables"]
+    try:
+        if source not in _compiled:
+            _compiled.clear()  # one model's template is enough to keep
+            _compiled[source] = Renderer(source)
+    except minijinja.TemplateError as error:
+        return {"kind": "compile", "error": str(error.message)}
+    return {"text": ""} if variables is None else _compiled[source].render(variables)
+
+
+_compiled: dict[str, Renderer] = {}
+
+
+def main() -> None:
+    """Answer one request after the other until standard input ends."""
+    import minijinja  # noqa: F401 - so that its import isn't part of the first request
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the program that asks
+    _limit_memory()
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    while request := read_frame(requests):
+        _limit_time(CPU_SECONDS)
+        try:
+            reply = json.dumps(answer(request)).encode()
+        except MemoryError:
+            return  # what is left may not be enough for another
+        _limit_time(0)
+        write_frame(answers, reply)
+
+
+def read_frame(file: IO[bytes]) -> bytes:
+    """One message; empty at the end."""
+    size = int.from_bytes(file.read(8), "little")
+    return file.read(size)
+
+
+def write_frame(file: IO[bytes], data: bytes) -> None:
+    """Write one message and hand it over."""
+    file.write(len(data).to_bytes(8, "little"))
+    file.write(data)
+    file.flush()
+
+
+def _limit_memory() -> None:
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _limit_time(seconds: float) -> None:
+    """Let the system end this process when it has computed for so long; 0 takes that back."""
+    if sys.platform != "win32":
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+class _RefusedByTemplateError(Exception):
+    """What a template says through ``raise_exception``."""
+
+
+class _List(Sequence[object]):
+    """A list that a template can't change: ``append`` and ``extend`` would cost no fuel."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: list[object]) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._values[index]
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+
+class _Map(Mapping[str, object]):
+    """A dictionary that a template can't change."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: dict[str, object]) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __getitem__(self, key: str) -> object:
+        return self._values[key]
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+
+def _read_only(value: object) -> object:
+    if isinstance(value, dict):
+        return _Map({key: _read_only(item) for key, item in value.items()})
+    if isinstance(value, list):
+        return _List([_read_only(item) for item in value])
+    return value
+
+
+def _writable(value: object) -> object:
+    """What ``json`` asks for when it meets one of the above."""
+    if isinstance(value, _Map):
+        return dict(value)
+    if isinstance(value, _List):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML; templates are written for this one of ``transformers``."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+        default=_writable,
+    )
+
+
+def _raise_exception(message: object) -> NoReturn:
+    raise _RefusedByTemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
