@@ -6,6 +6,7 @@ What needs torch is imported where it is used: the runtime's own tests start wit
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -19,6 +20,10 @@ REAL_GGUF = ROOT / "artifacts" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 # The same examples in every run, on machines of any speed, and no folder of past ones.
 hypothesis.settings.register_profile("caravan", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("caravan")
+
+# A shell's background job ignores Ctrl-C, and what tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
