@@ -16,7 +16,7 @@ from llama_runtime.backends.base import Backend
 from llama_runtime.backends.fake import Fake
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.bundle import Bundle
-from llama_runtime.contract import MIN_WIDTH, SLOTS, cache_capacity
+from llama_runtime.contract import SLOTS, cache_capacity
 from llama_runtime.step_batch import Step
 from llama_runtime.token_bytes import TokenBytes
 from llama_runtime.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ class Timed:
         started = time.perf_counter()
         logits = self.inner.run(step)
         self.seconds = time.perf_counter() - started
-        self.decoding = len(step.chunks) if step.unpack.shape[1] == MIN_WIDTH else 0
+        self.decoding = len(step.chunks) if step.unpack.shape[1] == 1 else 0
         return logits
 
     def close(self) -> None:
@@ -165,7 +165,7 @@ def _engine(
         vocab_size=bundle.manifest.geometry.vocab_size,
         max_batch=NUM_SLOTS,
         max_len=max_len,
-        token_budget=NUM_SLOTS + PROMPT_BUDGET,
+        prompt_budget=PROMPT_BUDGET,
         max_chunk=CHUNK,
         refill=refill,
     )

@@ -101,7 +101,7 @@ def verify(
         vocab_size=geometry.vocab_size,
         max_batch=NUM_SLOTS,
         max_len=longest,
-        token_budget=NUM_SLOTS + 2 * PROMPT_CHUNK,
+        prompt_budget=2 * PROMPT_CHUNK,
         max_chunk=PROMPT_CHUNK,
     )
     tokens = np.random.default_rng(0)
@@ -141,7 +141,11 @@ class ComparedBackend:
         """See ``Backend.run``; the logits are those of the graph."""
         logits = self._backend.run(step)
         inputs = [torch.from_numpy(getattr(step, spec.name)) for spec in SLOTS.inputs]
-        expected, self._cache = self._decoder(*inputs, self._cache)
+        slots = slice(step.first_slot, step.first_slot + len(step.query_seqlens))
+        window = [(key[slots], value[slots]) for key, value in self._cache]
+        expected, after = self._decoder(*inputs, window)
+        for (key, value), (new_key, new_value) in zip(self._cache, after, strict=True):
+            key[slots], value[slots] = new_key, new_value
         if step.num_logits:
             self._compare(logits[: step.num_logits], expected[: step.num_logits].numpy())
         return logits

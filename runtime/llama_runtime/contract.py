@@ -5,12 +5,12 @@ Standard library only: the decoder imports it too.
 
 Axis letters mean the same everywhere in the project:
 
-    B slots           N packed tokens     S widest chunk of the step    R rows that need logits
+    B slots in it     N packed tokens     S widest chunk of the step    R rows that need logits
     K KV heads        H query heads       D head dimension              E hidden size
     V vocabulary      C cache capacity    L layers
 
-Every forward takes packed tokens: the new tokens of all running sequences back to back, whatever
-mix of prompt chunks and single decode tokens they are. Only attention sees slots.
+Every forward takes packed tokens: the new tokens of the sequences in it, back to back and without
+padding. Only attention sees slots.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ SLOTS = Dialect(
     inputs=(
         TensorSpec("input_ids", "int64", ("N",), "packed new tokens"),
         TensorSpec("logits_rows", "int64", ("R",), "packed rows that need logits"),
-        TensorSpec("unpack", "int64", ("B", "S"), "packed row of each cell of the padded chunk"),
-        TensorSpec("pack", "int64", ("N",), "cell of the padded chunk, row by row, of each token"),
+        TensorSpec("unpack", "int64", ("B", "S"), "packed row of each cell of the step"),
+        TensorSpec("pack", "int64", ("N",), "cell, row by row, of each token"),
         TensorSpec(
             "seqlens_k", "int32", ("B",), "cached tokens after this step, less 1; 0 if inactive"
         ),
@@ -112,7 +112,7 @@ SLOTS = Dialect(
             "total_sequence_length",
             "int32",
             (),
-            "the largest count of cached tokens after this step, at least S",
+            "the largest count of cached tokens after this step",
         ),
     ),
     cache_axes=("B", "K", "C", "D"),
@@ -123,11 +123,13 @@ DIALECTS = {dialect.name: dialect for dialect in (SLOTS,)}
 
 # The rules that make a sequence's logits the same bits in any company on ONNX Runtime's CPU
 # kernels (docs/architecture.md gives the reason of each, tests/laws breaks each once).
-MIN_WIDTH = 2  # S: one column selects another attention kernel for the whole batch
 CHUNK_MULTIPLE = 32  # prompt chunks end at multiples of it, but for the last
 MAX_ROW_MULTIPLE = 4  # N and R are padded to multiples of 1, 2 or 4, as the kernels need
 MIN_CHUNK = CHUNK_MULTIPLE + 1  # the longest last chunk, which is never split
 MAX_CHUNK = 512  # the RoPE table reaches this far past the model's longest sequence
+
+PROMPT_CHUNK = 128  # the most prompt tokens of one sequence in a step: longer ones stall streams
+MAX_CELLS = 1024  # the most cells of a step of prompts, [B, S], which attention holds at once
 
 
 def last_chunk_start(num_prompt_tokens: int) -> int:
@@ -142,15 +144,7 @@ def last_chunk_start(num_prompt_tokens: int) -> int:
 def cache_capacity(max_len: int, max_chunk: int) -> int:
     """C for sequences of up to ``max_len`` tokens when chunks are up to ``max_chunk`` wide.
 
-    A chunk is padded to the widest of its step, and the padded cells too must lie in the buffer.
+    A chunk is padded to the widest of its step, and the padded cells too must lie in the buffer;
+    the furthest begin at a last chunk.
     """
-    return max_len + max(MIN_WIDTH, min(max_chunk, max_len))
-
-
-def prompt_chunk(max_batch: int) -> int:
-    """The most prompt tokens of one sequence in one step, in a service of so many slots.
-
-    Longer ones would stall the streams beside them. Attention unpacks a step into B times S padded
-    cells, so in a large batch they are shorter, as far as the rules of ``slots`` allow.
-    """
-    return max(MIN_CHUNK, min(128, 8192 // max_batch))
+    return max(max_len, last_chunk_start(max_len - 1) + min(max_chunk, max_len - 1))

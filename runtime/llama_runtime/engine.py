@@ -52,7 +52,7 @@ class Engine:
         vocab_size: V; ids beyond it are refused.
         max_batch: B, sequences that run at once.
         max_len: the most tokens of one sequence, prompt and completion.
-        token_budget: the most tokens of one step.
+        prompt_budget: the most prompt tokens of one step.
         max_chunk: the most prompt tokens of one sequence in one step.
         refill: False gives fixed batches, for comparison.
     """
@@ -66,7 +66,7 @@ class Engine:
         vocab_size: int,
         max_batch: int,
         max_len: int,
-        token_budget: int,
+        prompt_budget: int,
         max_chunk: int,
         refill: bool = True,
     ) -> None:
@@ -79,9 +79,9 @@ class Engine:
         self._vocab_size = vocab_size
         self._cache = SlotCache(max_batch, max_len)
         self._scheduler = Scheduler(
-            self._cache, token_budget=token_budget, max_chunk=max_chunk, refill=refill
+            self._cache, prompt_budget=prompt_budget, max_chunk=max_chunk, refill=refill
         )
-        self._step_batch = StepBatch(max_batch, token_budget, max_chunk, backend.row_multiple)
+        self._step_batch = StepBatch(max_batch, prompt_budget, backend.row_multiple)
         self._sequences: dict[int, Sequence] = {}
         self._next_id = 0
 

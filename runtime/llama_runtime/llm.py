@@ -22,7 +22,7 @@ from typing import Literal
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.bundle import Bundle, open_bundle
 from llama_runtime.completion import Completion, Prompt, Request
-from llama_runtime.contract import SLOTS, cache_capacity
+from llama_runtime.contract import PROMPT_CHUNK, SLOTS, cache_capacity
 from llama_runtime.engine import Engine
 from llama_runtime.errors import RequestError
 from llama_runtime.generation_config import default_params, eos_token_ids
@@ -37,7 +37,7 @@ from llama_runtime.token_stream import TokenStream
 DEFAULT_MAX_BATCH = 32
 DEFAULT_MAX_LEN = 4096
 LEAST_DEFAULT_LEN = 512  # less is not chosen for anybody: max_tokens alone is 256 by default
-PROMPT_BUDGET = 256  # prompt tokens of one step, beside one token of each decoding sequence
+PROMPT_BUDGET = 256  # prompt tokens of one step
 
 Message = Mapping[str, object]
 
@@ -80,12 +80,11 @@ class LLM:
         self.threads = _in_range("threads", default_threads() if threads is None else threads, 1024)
         self.default_params = default_params(config)
         self.memory_plan.check()
-        max_chunk = self.memory_plan.max_chunk
         backend = OrtCpu(
             open_session(self.bundle.graph_path(SLOTS.name), self.threads),
             geometry,
             num_slots=self.max_batch,
-            capacity=cache_capacity(self.max_len, max_chunk),
+            capacity=cache_capacity(self.max_len, PROMPT_CHUNK),
         )
         engine = Engine(
             backend,
@@ -94,8 +93,8 @@ class LLM:
             vocab_size=geometry.vocab_size,
             max_batch=self.max_batch,
             max_len=self.max_len,
-            token_budget=self.max_batch + PROMPT_BUDGET,
-            max_chunk=max_chunk,
+            prompt_budget=PROMPT_BUDGET,
+            max_chunk=PROMPT_CHUNK,
         )
         self._engine = SharedEngine(engine)
 

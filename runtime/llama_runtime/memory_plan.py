@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from llama_runtime.contract import Geometry, cache_capacity, prompt_chunk
+from llama_runtime.contract import MAX_CELLS, PROMPT_CHUNK, Geometry, cache_capacity
 from llama_runtime.errors import CapacityError
 from llama_runtime.machine import Memory
 from llama_runtime.manifest import Manifest
@@ -47,15 +47,10 @@ class MemoryPlan:
     prompt_budget: int
 
     @property
-    def max_chunk(self) -> int:
-        """The most prompt tokens of one sequence in a step."""
-        return prompt_chunk(self.max_batch)
-
-    @property
     def cache(self) -> int:
         """Bytes of keys and values, [B, K, C, D] of float32 in each layer, all of them touched."""
         g = self.geometry
-        capacity = cache_capacity(self.max_len, self.max_chunk)
+        capacity = cache_capacity(self.max_len, PROMPT_CHUNK)
         numbers = 2 * g.num_layers * self.max_batch * g.num_kv_heads * capacity * g.head_dim
         return FLOAT_BYTES * numbers
 
@@ -63,15 +58,15 @@ class MemoryPlan:
     def workspace(self) -> int:
         """Bytes of everything else.
 
-        In the largest step attention holds its input and its output for every cell of the padded
-        chunk, [B, S], and queries, keys and values once more after RoPE; the rest of a layer holds
-        its packed rows, [N], and the head its logits, [R, V].
+        In the largest step attention holds its input and its output for every cell, [B, S], and
+        queries, keys and values once more after RoPE; the rest of a layer holds its packed rows,
+        [N], and the head its logits, [R, V].
         """
         g = self.geometry
         queries = g.num_heads * g.head_dim
         qkv = queries + 2 * g.num_kv_heads * g.head_dim
-        cells = self.max_batch * min(self.max_chunk, self.max_len) * (2 * qkv + queries)
-        rows = (self.max_batch + self.prompt_budget) * (
+        cells = max(self.max_batch, MAX_CELLS) * (2 * qkv + queries)
+        rows = max(self.max_batch, self.prompt_budget) * (
             qkv + 3 * g.hidden_size + 5 * g.intermediate_size
         )
         logits = self.max_batch * g.vocab_size

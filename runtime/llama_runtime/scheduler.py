@@ -1,9 +1,9 @@
 """Which tokens of which sequences run in the next step.
 
-Continuous batching: a sequence that ends gives its slot to the next one in the same run. Every
-running sequence that has its prompt in the cache decodes one token in every step; the rest of the
-step's token budget goes to prompts, in order of arrival, in chunks. So streams never wait for a
-long prompt, the oldest prompt always moves, and none waits for a later one's: a short prompt may
+Continuous batching: a sequence that ends gives its slot to the next one in the same run. A step
+either decodes one token of every sequence whose prompt is in the cache, or runs chunks of prompts;
+the two take turns while there is something for both. So streams wait for one step of prompts at
+most, the oldest prompt moves in each of those, and none waits for a later one's: a short prompt may
 still be through before a long one, with what that one can't use of the budget.
 """
 
@@ -12,7 +12,13 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from llama_runtime.contract import CHUNK_MULTIPLE, MAX_CHUNK, MIN_CHUNK, last_chunk_start
+from llama_runtime.contract import (
+    CHUNK_MULTIPLE,
+    MAX_CELLS,
+    MAX_CHUNK,
+    MIN_CHUNK,
+    last_chunk_start,
+)
 from llama_runtime.kv_cache import SlotCache
 from llama_runtime.sequence import Sequence
 
@@ -36,33 +42,30 @@ class Chunk:
 
 
 class Scheduler:
-    """Waiting -> running, and a token budget a step.
+    """Waiting -> running, and whose tokens run next.
 
     Args:
         cache: the slots that running sequences hold.
-        token_budget: the most packed tokens of one step; at least ``cache.num_slots`` plus 33, so
-            that a prompt always moves beside a full batch of decoding sequences.
+        prompt_budget: the most prompt tokens of one step, at least 33, so that one always moves.
         max_chunk: the most tokens of one prompt in one step, 33 to 512.
         refill: whether a freed slot is given away before all others are free too; False gives
             the fixed batches that continuous batching is measured against.
     """
 
     def __init__(
-        self, cache: SlotCache, *, token_budget: int, max_chunk: int, refill: bool = True
+        self, cache: SlotCache, *, prompt_budget: int, max_chunk: int, refill: bool = True
     ) -> None:
         if not MIN_CHUNK <= max_chunk <= MAX_CHUNK:
             raise ValueError(f"max_chunk must lie in {MIN_CHUNK} to {MAX_CHUNK}, not {max_chunk}")
-        if token_budget < cache.num_slots + MIN_CHUNK:
-            raise ValueError(
-                f"token_budget must be at least {cache.num_slots + MIN_CHUNK} for "
-                f"{cache.num_slots} slots, not {token_budget}"
-            )
+        if prompt_budget < MIN_CHUNK:
+            raise ValueError(f"prompt_budget must be at least {MIN_CHUNK}, not {prompt_budget}")
         self.cache = cache
-        self.token_budget = token_budget
+        self.prompt_budget = prompt_budget
         self.max_chunk = max_chunk
         self.refill = refill
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
+        self._prompts_turn = True
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
@@ -79,17 +82,26 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step; empty only if nothing runs or waits."""
         self._admit()
-        chunks = [Chunk(seq, 1) for seq in self.running if not seq.in_prompt]
-        budget = self.token_budget - len(chunks)
+        decoding = [Chunk(seq, 1) for seq in self.running if seq.decodes]
+        prompts = [] if decoding and not self._prompts_turn else self._prompt_chunks()
+        self._prompts_turn = not prompts
+        return prompts or decoding
+
+    def _prompt_chunks(self) -> list[Chunk]:
+        """Chunks of the oldest prompts, as many as the budget and the cells of a step hold."""
+        chunks: list[Chunk] = []
+        budget, width, low, high = self.prompt_budget, 0, self.cache.num_slots, 0
         for seq in self.running:
-            if seq.in_prompt:
-                num_tokens = next_chunk(
-                    seq.cache_len, seq.num_prompt_tokens, min(budget, self.max_chunk)
-                )
-                if num_tokens == 0:
-                    break  # a later prompt must not overtake this one
-                chunks.append(Chunk(seq, num_tokens))
-                budget -= num_tokens
+            if seq.decodes or seq.slot is None:
+                continue
+            num_tokens = next_chunk(
+                seq.cache_len, seq.num_prompt_tokens, min(budget, self.max_chunk)
+            )
+            width, low, high = max(width, num_tokens), min(low, seq.slot), max(high, seq.slot)
+            if num_tokens == 0 or (high - low + 1) * width > MAX_CELLS:
+                break  # a later prompt must not overtake this one
+            chunks.append(Chunk(seq, num_tokens))
+            budget -= num_tokens
         return chunks
 
     def _admit(self) -> None:

@@ -56,6 +56,6 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
-    def in_prompt(self) -> bool:
-        """Whether prompt tokens are still missing from the cache."""
-        return self.cache_len < self.num_prompt_tokens
+    def decodes(self) -> bool:
+        """Whether its newest token alone is missing from the cache; also for a prompt of one."""
+        return self.cache_len == len(self.token_ids) - 1

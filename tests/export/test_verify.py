@@ -78,7 +78,7 @@ def compared(graph: npt.NDArray[np.float32]) -> Verification:
     params = SamplingParams()
     detokenizer: Any = None
     seqs = [Sequence(slot, [5], 1, params, 0, detokenizer, slot=slot) for slot in range(2)]
-    backend.run(StepBatch(2, 35, 33).build([Chunk(seq, 1) for seq in seqs]))
+    backend.run(StepBatch(2, 33).build([Chunk(seq, 1) for seq in seqs]))
     return backend.result()
 
 

@@ -56,7 +56,7 @@ class Limits:
             vocab_size=VOCAB_SIZE,
             max_batch=self.max_batch,
             max_len=MAX_LEN,
-            token_budget=self.max_batch + MIN_CHUNK + self.spare_budget,
+            prompt_budget=MIN_CHUNK + self.spare_budget,
             max_chunk=self.max_chunk,
             refill=self.refill,
         )
@@ -120,6 +120,7 @@ class Balance(RuleBasedStateMachine):
         self.sequences: dict[int, Sequence] = {}
         self.events: dict[int, list[TokenEvent]] = {}
         self.aborted: set[int] = set()
+        self.waited: set[int] = set()  # streams that got nothing in the step before
 
     @initialize(chosen=limits)
     def start(self, chosen: Limits) -> None:
@@ -169,12 +170,17 @@ class Balance(RuleBasedStateMachine):
         assert waits == sorted(waits)
 
     def one_step(self) -> None:
-        streams = [
-            seq for seq in self.sequences.values() if seq.slot is not None and not seq.in_prompt
-        ]
+        streams = {
+            seq.id
+            for seq in self.sequences.values()
+            if seq.slot is not None and seq.cache_len >= seq.num_prompt_tokens
+        }
         events = self.engine.step()
-        assert len({event.sequence_id for event in events}) == len(events)
-        assert {seq.id for seq in streams} <= {event.sequence_id for event in events}
+        served = {event.sequence_id for event in events}
+        assert len(served) == len(events)
+        # No stream waits for more than one step of prompts.
+        assert self.waited & streams <= served
+        self.waited = streams - served
         for event in events:
             assert event.sequence_id not in self.aborted
             past = self.events[event.sequence_id]

@@ -60,7 +60,7 @@ def random_schedule(seed: int) -> Recorded:
         vocab_size=VOCAB_SIZE,
         max_batch=num_slots,
         max_len=max_len,
-        token_budget=num_slots + choose.randint(MIN_CHUNK, 200),
+        prompt_budget=choose.randint(MIN_CHUNK, 200),
         max_chunk=max_chunk,
         refill=choose.random() < 0.8,
     )
@@ -87,17 +87,19 @@ def schedules() -> list[Recorded]:
     return [random_schedule(seed) for seed in range(40)]
 
 
-# --- 1: the width -------------------------------------------------------------------------------
+# --- 1: one column or many ----------------------------------------------------------------------
 
 
-def test_a_chunk_is_at_least_two_columns_wide_in_pure_decode_too(schedules: list[Recorded]) -> None:
-    pure_decode = 0
+def test_sequences_that_decode_never_share_a_step_with_prompts(schedules: list[Recorded]) -> None:
+    decoding = prompts = 0
     for backend in schedules:
         for step in backend.steps:
-            widest = max(count for _, count in step["chunks"])
-            assert step["unpack"].shape == (backend.num_slots, max(2, widest))
-            pure_decode += widest == 1
-    assert pure_decode > 100
+            counts = {count for _, count in step["chunks"]}
+            assert counts == {1} or 1 not in counts
+            assert step["unpack"].shape[1] == max(counts)
+            decoding += counts == {1}
+            prompts += counts != {1}
+    assert min(decoding, prompts) > 100
 
 
 # --- 2: the borders of chunks -------------------------------------------------------------------
@@ -202,12 +204,13 @@ def test_inactive_slots_pass_zeros(schedules: list[Recorded]) -> None:
     inactive = 0
     for backend in schedules:
         for step in backend.steps:
-            active = {slot for slot, _ in step["chunks"]}
-            for slot in set(range(backend.num_slots)) - active:
-                assert step["seqlens_k"][slot] == step["query_seqlens"][slot] == 0
-                inactive += 1
-            for slot, count in step["chunks"]:
-                assert step["query_seqlens"][slot] == count
+            counts = dict(step["chunks"])
+            for i, count in enumerate(step["query_seqlens"]):
+                assert count == counts.pop(step["first_slot"] + i, 0)
+                if count == 0:
+                    assert step["seqlens_k"][i] == 0
+                    inactive += 1
+            assert not counts
     assert inactive > 100
 
 
@@ -228,9 +231,11 @@ def test_every_padded_chunk_lies_in_the_cache(schedules: list[Recorded]) -> None
 def test_the_capacity_is_enough_for_any_past_and_width_and_no_more_than_a_chunk_over(
     max_len: int, max_chunk: int
 ) -> None:
-    longest_past = max_len - 1
-    widest = max(2, min(max_chunk, max_len - 1))
-    assert longest_past + widest <= cache_capacity(max_len, max_chunk) <= max_len + max_chunk
+    longest_past = max(last_chunk_start(n) for n in range(1, max_len))
+    widest = min(max_chunk, max_len - 1)
+    capacity = cache_capacity(max_len, max_chunk)
+    assert max(max_len, longest_past + widest) == capacity <= max_len + max_chunk
+    assert 1 + widest <= capacity  # an idle slot counts as one that holds a token
 
 
 def test_no_step_is_empty(schedules: list[Recorded]) -> None:

@@ -111,7 +111,7 @@ class Runner:
             vocab_size=self.geometry.vocab_size,
             max_batch=slots,
             max_len=MAX_LEN,
-            token_budget=slots + budget,
+            prompt_budget=budget,
             max_chunk=chunk,
         )
         waiting = list(requests)

@@ -191,7 +191,7 @@ class Runner:
             vocab_size=self.geometry.vocab_size,
             max_batch=slots,
             max_len=MAX_LEN,
-            token_budget=slots + chunk,
+            prompt_budget=chunk,
             max_chunk=chunk,
         )
         waiting, sequences = list(requests), []

@@ -17,7 +17,7 @@ from llama_export.trace import save_graph, trace_decoder
 from llama_export.verify import ComparedBackend
 from llama_export.weight_file import read_weights, weight_regions, write_weights
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
-from llama_runtime.contract import SLOTS, cache_capacity
+from llama_runtime.contract import SLOTS
 from llama_runtime.kv_cache import SlotCache
 from llama_runtime.params import SamplingParams
 from llama_runtime.scheduler import Chunk, Scheduler
@@ -75,7 +75,7 @@ def sequence(number: int, prompt: list[int], max_tokens: int) -> Sequence:
 
 
 def compared(graph: Path, decoder: LlamaDecoder, max_chunk: int) -> ComparedBackend:
-    capacity = cache_capacity(MAX_LEN, max_chunk)
+    capacity = MAX_LEN + max_chunk
     session = open_session(graph, threads=2)
     backend = OrtCpu(session, decoder.config.geometry, num_slots=NUM_SLOTS, capacity=capacity)
     return ComparedBackend(backend, decoder, NUM_SLOTS, capacity)
@@ -89,7 +89,7 @@ def test_graph_computes_what_the_decoder_computes_on_chunks_of_every_size(
     graph, decoder = exported
     choose = random.Random(0)
     backend = compared(graph, decoder, max_chunk=40)
-    batch = StepBatch(NUM_SLOTS, 40 * NUM_SLOTS, 40)
+    batch = StepBatch(NUM_SLOTS, 40 * NUM_SLOTS)
     seqs = [sequence(i, [], 1) for i in range(NUM_SLOTS)]
     sizes = [choose.sample(range(1, 41), 40) for _ in seqs]  # every size once, in each slot
     cache = SlotCache(NUM_SLOTS, MAX_LEN)
@@ -124,9 +124,9 @@ def test_graph_computes_what_the_decoder_computes_on_ragged_mixes(
     max_chunk = choose.choice([33, 64, 96, 160])
     backend = compared(graph, decoder, max_chunk)
     cache = SlotCache(NUM_SLOTS, MAX_LEN)
-    budget = NUM_SLOTS + choose.choice([33, 100, 300])
-    scheduler = Scheduler(cache, token_budget=budget, max_chunk=max_chunk)
-    batch = StepBatch(NUM_SLOTS, budget, max_chunk)
+    budget = choose.choice([33, 100, 300])
+    scheduler = Scheduler(cache, prompt_budget=budget, max_chunk=max_chunk)
+    batch = StepBatch(NUM_SLOTS, budget)
     for i in range(12):
         length = choose.choice([1, 2, 3, 33, 34, 65, choose.randint(1, 170)])
         scheduler.add(sequence(i, choose.choices(range(512), k=length), choose.randint(1, 20)))

@@ -82,7 +82,7 @@ def make(table: TokenBytes) -> Callable[..., Engine]:
             vocab_size=VOCAB_SIZE,
             max_batch=max_batch,
             max_len=MAX_LEN,
-            token_budget=max_batch + 2 * MAX_CHUNK,
+            prompt_budget=2 * MAX_CHUNK,
             max_chunk=MAX_CHUNK,
             **options,
         )
@@ -300,7 +300,7 @@ def test_a_long_prompt_gives_no_event_until_its_last_chunk_has_run(
     assert [event.sequence_id for event in events[2]] == [seq.id]
 
 
-def test_running_streams_get_a_token_in_every_step_beside_a_long_prompt(
+def test_running_streams_get_a_token_in_every_other_step_beside_a_long_prompt(
     make: Callable[..., Engine],
 ) -> None:
     backend = Fake(4, cache_capacity(MAX_LEN, MIN_CHUNK), VOCAB_SIZE)
@@ -308,8 +308,9 @@ def test_running_streams_get_a_token_in_every_step_beside_a_long_prompt(
     streams = [engine.add([5 + i], greedy(40, ignore_eos=True)) for i in range(3)]
     engine.step()
     long = engine.add([9] * 190, greedy(2, ignore_eos=True))
-    while long.in_prompt:
-        tokens = {event.sequence_id: event.token_id for event in engine.step()}
+    while long.cache_len < long.num_prompt_tokens:
+        events = engine.step() + engine.step()
+        tokens = {event.sequence_id: event.token_id for event in events}
         assert all(tokens.get(seq.id) is not None for seq in streams)
 
 

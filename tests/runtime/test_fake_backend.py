@@ -37,7 +37,15 @@ def step(rows: dict[int, tuple[int, list[int]]], num_slots: int = 3, **changes: 
         "query_seqlens": query_seqlens,
         "total_sequence_length": np.array(max(width, seqlens_k.max() + 1), np.int32),
     }
-    return Step(**{**arrays, "num_logits": len(input_ids), "chunks": [], **changes})
+    return Step(
+        **{
+            **arrays,
+            "first_slot": 0,
+            "num_logits": len(input_ids),
+            "chunks": [],
+            **changes,
+        }
+    )
 
 
 def fake() -> Fake:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llama_runtime import llm
-from llama_runtime.contract import MIN_CHUNK, Geometry, cache_capacity, prompt_chunk
+from llama_runtime.contract import PROMPT_CHUNK, Geometry, cache_capacity
 from llama_runtime.errors import BundleError, CapacityError, RequestError
 from llama_runtime.kv_cache import cache_buffers
 from llama_runtime.llm import LLM
@@ -51,7 +51,8 @@ def test_the_cache_is_as_large_as_its_buffers(max_batch: int, max_len: int) -> N
 
 
 def test_the_cache_of_a_known_model() -> None:
-    assert plan(0, max_batch=1).cache == 46_080 * (4096 + 128)  # bytes of a token, by hand
+    # Bytes of a token, by hand; the last chunk of 4,095 tokens starts at 4,064.
+    assert plan(0, max_batch=1).cache == 46_080 * (4064 + 128)
 
 
 def test_the_total_is_the_sum_and_fits_to_the_byte() -> None:
@@ -75,13 +76,6 @@ def test_the_workspace_grows_with_everything_that_a_step_holds() -> None:
     ):
         assert more.workspace > base
     assert plan(0, max_len=8192).workspace == base  # attention holds no more for a longer past
-    assert plan(0, max_len=64).workspace < base
-
-
-def test_chunks_are_shorter_in_a_large_batch_but_not_below_the_rule() -> None:
-    chunks = {max_batch: prompt_chunk(max_batch) for max_batch in (1, 32, 64, 128, 200, 1024)}
-    assert chunks == {1: 128, 32: 128, 64: 128, 128: 64, 200: 40, 1024: MIN_CHUNK}
-    assert plan(0, max_batch=128).workspace - plan(0, max_batch=64).workspace < 50_000_000
 
 
 @pytest.mark.parametrize("available", [GB, 2 * GB, 5 * GB, 12 * GB, 30 * GB])
@@ -114,8 +108,8 @@ def test_a_refusal_names_the_numbers_and_what_fits() -> None:
     with pytest.raises(CapacityError) as refusal:
         here.check()
     assert str(refusal.value) == (
-        "max_batch 32 and max_len 4096 need 6,973 MB: weights 541 MB, cache 6,229 MB, workspace "
-        "203 MB; 3,000 MB are available (container): set max_batch 11, or max_len 1344"
+        "max_batch 32 and max_len 4096 need 6,885 MB: weights 541 MB, cache 6,181 MB, workspace "
+        "163 MB; 3,000 MB are available (container): set max_batch 11, or max_len 1408"
     )
     assert refusal.value.param == "max_batch"
     replace(here, max_batch=11).check()
@@ -197,7 +191,7 @@ def test_it_is_refused_before_anything_is_loaded(
 ) -> None:
     opened = []
     monkeypatch.setattr(llm, "open_session", lambda *_: opened.append(1))
-    memory[0] = REST + 64 * (400 + 128)
+    memory[0] = REST + 64 * cache_capacity(400, PROMPT_CHUNK)
     with pytest.raises(CapacityError, match=r"max_batch 1 and max_len 500 .* set max_len 384$"):
         LLM(fake_bundle, max_batch=1, max_len=500, threads=1)
     assert opened == []
@@ -208,12 +202,12 @@ def test_by_default_max_len_is_what_the_plan_allows(
     fake_bundle: Path, memory: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llm, "LEAST_DEFAULT_LEN", 256)
-    for room, expected in ((512, 512), (500, 448), (256, 256)):
-        memory[0] = REST + 64 * (room + 128)
+    for room, expected in ((512, 512), (470, 448), (256, 256)):
+        memory[0] = REST + 64 * cache_capacity(room, PROMPT_CHUNK)
         assert LLM.plan(fake_bundle, max_batch=1).max_len == expected
         with LLM(fake_bundle, max_batch=1, threads=1) as loaded:
             assert loaded.max_len == expected == loaded.memory_plan.max_len
-    memory[0] = REST + 64 * (255 + 128)  # less is not chosen for anybody
+    memory[0] = REST + 64 * cache_capacity(225, PROMPT_CHUNK)  # less is not chosen for anybody
     with pytest.raises(CapacityError, match=r"max_len 512 need .* set max_len 192$"):
         LLM(fake_bundle, max_batch=1, threads=1)
 
@@ -244,7 +238,7 @@ def test_the_plan_is_that_of_the_engine(
         engine = loaded._engine._engine
         scheduler = engine._scheduler
         found = loaded.memory_plan
-        assert scheduler.max_chunk == found.max_chunk
-        assert scheduler.token_budget == found.max_batch + found.prompt_budget
+        assert scheduler.max_chunk == PROMPT_CHUNK
+        assert scheduler.prompt_budget == found.prompt_budget
         cells = prod(engine._backend._cache.shape)  # type: ignore[attr-defined]
         assert found.cache == 64 * cells

@@ -48,7 +48,7 @@ class Runner:
     def __init__(self, backend: OrtCpu, tokenizer: tokenizers.Tokenizer) -> None:
         self._backend = backend
         self._table = TokenBytes(tokenizer)
-        self._step_batch = StepBatch(NUM_SLOTS, token_budget=NUM_SLOTS + 64, max_chunk=64)
+        self._step_batch = StepBatch(NUM_SLOTS, prompt_budget=64)
         self._seqs: dict[int, Sequence] = {}
 
     def step(self, tokens: dict[int, list[int]]) -> Step:
@@ -122,7 +122,7 @@ def test_a_step_without_samples_runs(backend: OrtCpu, runner: Runner) -> None:
     tokens = [(7 * i) % 256 for i in range(40)]
     whole = runner.run({0: tokens})[0]
     step = runner.step({1: tokens})
-    step = StepBatch(NUM_SLOTS, 64 + NUM_SLOTS, 64).build([Chunk(step.chunks[0].seq, 32)])
+    step = StepBatch(NUM_SLOTS, 64).build([Chunk(step.chunks[0].seq, 32)])
     assert backend.run(step).shape == (0, whole.size)
     assert np.count_nonzero(backend._cache[0][1].any(axis=(0, 2))) == 32
 

@@ -19,7 +19,7 @@ from llama_runtime.backends.row_probe import (
     least_row_multiple,
 )
 from llama_runtime.bundle import Bundle, open_bundle
-from llama_runtime.contract import MAX_ROW_MULTIPLE, MIN_WIDTH, SLOTS
+from llama_runtime.contract import MAX_ROW_MULTIPLE, SLOTS
 from llama_runtime.step_batch import Step
 
 VOCAB_SIZE = 32
@@ -68,7 +68,7 @@ def test_a_machine_where_company_shows_all_the_same_is_warned_of(
 
 def test_a_step_of_the_probe_speaks_the_contract() -> None:
     step = first_tokens(3, VOCAB_SIZE)
-    sizes = {"B": PROBE_SLOTS, "N": 3, "R": 3, "S": MIN_WIDTH}
+    sizes = {"B": PROBE_SLOTS, "N": 3, "R": 3, "S": 1}
     for spec in SLOTS.inputs:
         array = getattr(step, spec.name)
         assert array.dtype == spec.dtype, spec.name

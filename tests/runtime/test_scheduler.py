@@ -1,4 +1,4 @@
-"""What runs in a step: admission, the token budget, and fairness between prompts and streams."""
+"""What runs in a step: admission, the budget of prompts, and turns of prompts and streams."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from llama_runtime.contract import CHUNK_MULTIPLE, MIN_CHUNK
+from llama_runtime.contract import CHUNK_MULTIPLE, MAX_CELLS, MIN_CHUNK
 from llama_runtime.detokenizer import Detokenizer, TokenBytes
 from llama_runtime.kv_cache import SlotCache
 from llama_runtime.params import SamplingParams
@@ -34,10 +34,10 @@ def sequence(num_prompt_tokens: int, max_tokens: int = 8) -> Sequence:
 
 
 def scheduler(
-    num_slots: int, token_budget: int = 1000, max_chunk: int = 512, *, refill: bool = True
+    num_slots: int, prompt_budget: int = 1000, max_chunk: int = 512, *, refill: bool = True
 ) -> Scheduler:
     cache = SlotCache(num_slots, max_len=2000)
-    return Scheduler(cache, token_budget=token_budget, max_chunk=max_chunk, refill=refill)
+    return Scheduler(cache, prompt_budget=prompt_budget, max_chunk=max_chunk, refill=refill)
 
 
 def finish_step(chunks: list[Chunk]) -> list[Sequence]:
@@ -52,6 +52,10 @@ def finish_step(chunks: list[Chunk]) -> list[Sequence]:
 
 def lengths(chunks: list[Chunk]) -> dict[int, int]:
     return {chunk.seq.id: chunk.num_tokens for chunk in chunks}
+
+
+def in_prompt(seq: Sequence) -> bool:
+    return seq.cache_len < seq.num_prompt_tokens
 
 
 def test_nothing_is_scheduled_when_nothing_waits_or_runs() -> None:
@@ -94,8 +98,9 @@ def test_a_freed_slot_is_refilled_in_the_next_step() -> None:
         rows.add(seq)
     finish_step(rows.schedule())
     rows.remove(seqs[0])
-    assert lengths(rows.schedule()) == {seqs[1].id: 1, seqs[2].id: 5}
+    assert lengths(finish_and_return(rows)) == {seqs[1].id: 1}  # whose turn it is
     assert (seqs[0].slot, seqs[2].slot) == (None, 0)
+    assert lengths(rows.schedule()) == {seqs[2].id: 5}
 
 
 def test_fixed_batches_wait_until_every_slot_is_free() -> None:
@@ -126,8 +131,8 @@ def test_removing_works_wherever_a_sequence_is() -> None:
     assert lengths(rows.schedule()) == {seqs[2].id: 5}
 
 
-def test_a_long_prompt_does_not_stall_running_streams() -> None:
-    rows = scheduler(4, token_budget=4 + MIN_CHUNK, max_chunk=MIN_CHUNK)
+def test_a_long_prompt_and_running_streams_take_turns() -> None:
+    rows = scheduler(4, MIN_CHUNK, MIN_CHUNK)
     streams = [sequence(3) for _ in range(3)]
     for seq in streams:
         rows.add(seq)
@@ -135,29 +140,32 @@ def test_a_long_prompt_does_not_stall_running_streams() -> None:
     long = sequence(1500)
     rows.add(long)
     num_steps = 0
-    while long.in_prompt:
-        assert finish_step(rows.schedule())[:3] == streams
+    while in_prompt(long):
+        assert lengths(finish_and_return(rows)) == {seq.id: 1 for seq in streams}
+        assert list(lengths(finish_and_return(rows))) == [long.id]
         num_steps += 1
     assert num_steps == 1 + 1500 // CHUNK_MULTIPLE
+    assert finish_step(rows.schedule()) == [*streams, long]
 
 
-def test_the_oldest_prompt_moves_in_every_step_beside_a_full_batch() -> None:
-    rows = scheduler(8, token_budget=8 + MIN_CHUNK, max_chunk=MIN_CHUNK)
+def test_the_oldest_prompt_moves_in_every_other_step_beside_a_full_batch() -> None:
+    rows = scheduler(8, MIN_CHUNK, MIN_CHUNK)
     for _ in range(7):
         rows.add(sequence(1))
     finish_step(rows.schedule())
     for num_prompt_tokens in range(1, 140):
         seq = sequence(num_prompt_tokens)
         rows.add(seq)
-        while seq.in_prompt:
+        while in_prompt(seq):
             before = seq.cache_len
+            finish_step(rows.schedule())
             finish_step(rows.schedule())
             assert seq.cache_len > before
         rows.remove(seq)
 
 
 def test_what_one_prompt_leaves_of_the_budget_goes_to_the_next() -> None:
-    rows = scheduler(4, token_budget=110, max_chunk=64)
+    rows = scheduler(4, 110, max_chunk=64)
     first, second, third, fourth = (sequence(n) for n in (200, 7, 500, 3))
     for seq in (first, second, third, fourth):
         rows.add(seq)
@@ -166,11 +174,35 @@ def test_what_one_prompt_leaves_of_the_budget_goes_to_the_next() -> None:
 
 
 def test_a_prompt_that_does_not_fit_holds_the_later_ones_back() -> None:
-    rows = scheduler(3, token_budget=60, max_chunk=64)
+    rows = scheduler(3, 60, max_chunk=64)
     first, second, third = (sequence(n) for n in (40, 31, 3))
     for seq in (first, second, third):
         rows.add(seq)
     assert lengths(rows.schedule()) == {first.id: 32}  # 28 are left, and the second needs 31
+
+
+def test_prompts_in_slots_far_apart_share_a_step_only_while_its_cells_are_few() -> None:
+    rows = scheduler(64)
+    between = [sequence(3, max_tokens=100) for _ in range(64)]
+    for seq in between:
+        rows.add(seq)
+    finish_step(rows.schedule())
+    for seq in (between[0], between[63]):
+        rows.remove(seq)
+    short, long = sequence(16), sequence(17)  # 64 slots of 16 columns are 1,024 cells
+    rows.add(short)
+    rows.add(long)
+    finish_step(rows.schedule())  # the turn of those that decode
+    assert lengths(finish_and_return(rows)) == {short.id: 16}
+    finish_step(rows.schedule())
+    assert lengths(finish_and_return(rows)) == {long.id: 17}
+    for seq in (short, long):
+        rows.remove(seq)
+    pair = [sequence(16), sequence(16)]
+    for seq in pair:
+        rows.add(seq)
+    finish_step(rows.schedule())
+    assert lengths(rows.schedule()) == {seq.id: 16 for seq in pair}
 
 
 @given(
@@ -182,21 +214,24 @@ def test_a_prompt_that_does_not_fit_holds_the_later_ones_back() -> None:
 def test_no_step_exceeds_the_budget_and_none_is_idle(
     num_slots: int, spare: int, max_chunk: int, prompts: list[int]
 ) -> None:
-    budget = num_slots + MIN_CHUNK + spare
+    budget = MIN_CHUNK + spare
     rows = scheduler(num_slots, budget, max_chunk)
     seqs = [sequence(n, max_tokens=1 + i % 4) for i, n in enumerate(prompts)]
     for seq in seqs:
         rows.add(seq)
     while rows.waiting or rows.running:
         chunks = rows.schedule()
-        decoding = [seq for seq in rows.running if not seq.in_prompt]
-        oldest = next((seq for seq in rows.running if seq.in_prompt), None)
+        decoding = {seq.id: 1 for seq in rows.running if seq.decodes}
+        oldest = next((seq for seq in rows.running if not seq.decodes), None)
         scheduled = lengths(chunks)
-        assert len(scheduled) == len(chunks)
-        assert 1 <= sum(scheduled.values()) <= budget
-        assert max(scheduled.values()) <= max_chunk
-        assert all(scheduled[seq.id] == 1 for seq in decoding)
-        assert oldest is None or scheduled[oldest.id] > 0
+        assert len(scheduled) == len(chunks) > 0
+        if scheduled != decoding:  # all of them, or prompts alone
+            assert oldest is not None
+            assert scheduled[oldest.id] > 0
+            assert sum(scheduled.values()) <= budget
+            assert 2 <= min(scheduled.values()) <= max(scheduled.values()) <= max_chunk
+            slots = [chunk.seq.slot or 0 for chunk in chunks]
+            assert (max(slots) - min(slots) + 1) * max(scheduled.values()) <= MAX_CELLS
         for seq in finish_step(chunks):
             if seq.num_completion_tokens == seq.params.max_tokens:
                 rows.remove(seq)
@@ -214,7 +249,7 @@ def test_no_step_exceeds_the_budget_and_none_is_idle(
 def test_prompts_of_one_length_get_their_first_tokens_in_order_of_arrival(
     num_slots: int, spare: int, max_chunk: int, num_prompt_tokens: int, num_seqs: int
 ) -> None:
-    rows = scheduler(num_slots, num_slots + MIN_CHUNK + spare, max_chunk)
+    rows = scheduler(num_slots, MIN_CHUNK + spare, max_chunk)
     seqs = [sequence(num_prompt_tokens, max_tokens=1 + i % 3) for i in range(num_seqs)]
     for seq in seqs:
         rows.add(seq)
@@ -233,6 +268,6 @@ def test_limits_under_which_a_prompt_might_never_move_are_refused() -> None:
         scheduler(4, max_chunk=32)
     with pytest.raises(ValueError, match=r"max_chunk must lie in 33 to 512, not 513"):
         scheduler(4, max_chunk=513)
-    with pytest.raises(ValueError, match=r"token_budget must be at least 37 for 4 slots, not 36"):
-        scheduler(4, token_budget=36)
-    scheduler(4, token_budget=37, max_chunk=33)
+    with pytest.raises(ValueError, match=r"prompt_budget must be at least 33, not 32"):
+        scheduler(4, prompt_budget=32)
+    scheduler(4, prompt_budget=33, max_chunk=33)

@@ -38,8 +38,9 @@ class Fake:
         rows_of_cells = step.unpack
         width = rows_of_cells.shape[1]
         history = np.zeros(len(step.input_ids), np.int64)
-        for slot in np.flatnonzero(step.query_seqlens):
-            count, total = int(step.query_seqlens[slot]), int(step.seqlens_k[slot]) + 1
+        for i in np.flatnonzero(step.query_seqlens):
+            slot = step.first_slot + i
+            count, total = int(step.query_seqlens[i]), int(step.seqlens_k[i]) + 1
             past = total - count
             if (
                 past < 0
@@ -47,8 +48,8 @@ class Fake:
                 or total > step.total_sequence_length
             ):
                 raise BackendError(f"slot {slot}: {count} of {total} tokens do not fit the cache")
-            rows = rows_of_cells[slot, :count]
-            if not np.array_equal(step.pack[rows], slot * width + np.arange(count)):
+            rows = rows_of_cells[i, :count]
+            if not np.array_equal(step.pack[rows], i * width + np.arange(count)):
                 raise BackendError(f"slot {slot}: pack is not the inverse of unpack")
             self._cache[slot, past:total] = step.input_ids[rows]
             history[rows] = [_digest(self._cache[slot, : past + i + 1]) for i in range(count)]

@@ -58,20 +58,17 @@ class OrtCpu:
         self.row_multiple = row_multiple or _probe(session, geometry)
         self._session = session
         self._binding = self._session.io_binding()
+        self._bound_slots: tuple[int, int] | None = None
         rows = padded(num_slots, MAX_ROW_MULTIPLE)
         self._logits = np.zeros((rows, geometry.vocab_size), np.float32)
         self._cache = cache_buffers(geometry, num_slots, capacity)
-        for past, present, buffer in zip(
-            SLOTS.cache_inputs(geometry.num_layers),
-            SLOTS.cache_outputs(geometry.num_layers),
-            self._cache,
-            strict=True,
-        ):
-            _bind(self._binding.bind_input, past.name, buffer)
-            _bind(self._binding.bind_output, present.name, buffer)
+        inputs = SLOTS.cache_inputs(geometry.num_layers)
+        outputs = SLOTS.cache_outputs(geometry.num_layers)
+        self._cache_names = [(i.name, o.name) for i, o in zip(inputs, outputs, strict=True)]
 
     def run(self, step: Step) -> npt.NDArray[np.float32]:
         """See ``Backend.run``."""
+        self._bind_cache(step.first_slot, step.first_slot + len(step.query_seqlens))
         for spec in SLOTS.inputs:
             _bind(self._binding.bind_input, spec.name, getattr(step, spec.name))
         logits = self._logits[: len(step.logits_rows)]
@@ -81,6 +78,14 @@ class OrtCpu:
         except Exception as error:
             raise BackendError(f"the graph failed: {error}") from error
         return logits
+
+    def _bind_cache(self, first: int, end: int) -> None:
+        """Let the graph see these slots of the cache: past and present are the same memory."""
+        if self._bound_slots != (first, end):
+            for (past, present), buffer in zip(self._cache_names, self._cache, strict=True):
+                _bind(self._binding.bind_input, past, buffer[first:end])
+                _bind(self._binding.bind_output, present, buffer[first:end])
+            self._bound_slots = (first, end)
 
     def close(self) -> None:
         """See ``Backend.close``."""

@@ -14,13 +14,13 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from llama_runtime.contract import MAX_ROW_MULTIPLE, MIN_WIDTH
+from llama_runtime.contract import MAX_ROW_MULTIPLE
 from llama_runtime.step_batch import Step
 
 logger = logging.getLogger(__name__)
 
 PROBE_SLOTS = 16  # more rows than the widest kernel of ONNX Runtime takes at once, which is 12
-PROBE_CAPACITY = 1 + MIN_WIDTH  # the operator takes an idle slot for one that holds a token
+PROBE_CAPACITY = 2  # the operator takes an idle slot for one that holds a token
 # Numbers of rows to try for each multiple: one group alone, some, and one more than a kernel takes.
 _COUNTS = {1: (1, 3, 13), 2: (2, 6, 14), MAX_ROW_MULTIPLE: (4, 12)}
 
@@ -49,16 +49,17 @@ def least_row_multiple(run: Callable[[Step], npt.NDArray[np.float32]], vocab_siz
 def first_tokens(num_rows: int, vocab_size: int) -> Step:
     """A step of the first token of as many sequences, each of another token, with all logits."""
     rows = np.arange(num_rows, dtype=np.int64)
-    unpack = np.zeros((PROBE_SLOTS, MIN_WIDTH), np.int64)
+    unpack = np.zeros((PROBE_SLOTS, 1), np.int64)
     unpack[:num_rows, 0] = rows
     return Step(
         input_ids=rows * vocab_size // PROBE_SLOTS,
         logits_rows=rows,
         unpack=unpack,
-        pack=rows * MIN_WIDTH,
+        pack=rows,
         seqlens_k=np.zeros(PROBE_SLOTS, np.int32),
         query_seqlens=(np.arange(PROBE_SLOTS) < num_rows).astype(np.int32),
-        total_sequence_length=np.array(MIN_WIDTH, np.int32),
+        total_sequence_length=np.array(1, np.int32),
+        first_slot=0,
         num_logits=num_rows,
         chunks=(),
     )
