@@ -15,29 +15,18 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import count
 from numbers import Integral
-from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from llama_runtime.backends.ort_cpu import OrtCpu, open_session
-from llama_runtime.bundle import Bundle, open_bundle
 from llama_runtime.completion import Completion, Prompt, Request
-from llama_runtime.contract import PROMPT_CHUNK, SLOTS, cache_capacity
-from llama_runtime.engine import Engine
 from llama_runtime.errors import RequestError
-from llama_runtime.generation_config import default_params, eos_token_ids
-from llama_runtime.machine import available_memory, default_threads
-from llama_runtime.memory_plan import MAX_BATCH, MIN_LEN, MemoryPlan, weight_bytes
+from llama_runtime.loading import DEFAULT_MAX_BATCH, load, opened, plan
+from llama_runtime.memory_plan import MemoryPlan
 from llama_runtime.params import SamplingParams, fresh_seed, row_seed
 from llama_runtime.prompt_encoder import PromptEncoder
 from llama_runtime.sequence import Sequence
 from llama_runtime.shared_engine import Inbox, SharedEngine, Stats
 from llama_runtime.token_stream import TokenStream
-
-DEFAULT_MAX_BATCH = 32
-DEFAULT_MAX_LEN = 4096
-LEAST_DEFAULT_LEN = 512  # less is not chosen for anybody: max_tokens alone is 256 by default
-PROMPT_BUDGET = 256  # prompt tokens of one step
 
 Message = Mapping[str, object]
 
@@ -70,33 +59,13 @@ class LLM:
         threads: int | None = None,
         verify: Literal["full", "size"] | None = None,
     ) -> None:
-        if not isinstance(bundle, PromptEncoder):
-            bundle = PromptEncoder(open_bundle(_path(bundle), verify=verify))
-        self._encoder = bundle
-        self.bundle, self.tokenizer = bundle.bundle, bundle.tokenizer
-        geometry, config = self.bundle.manifest.geometry, self.bundle.generation_config
-        self.memory_plan = _plan(self.bundle, max_batch, max_len)
+        loaded = load(bundle, max_batch=max_batch, max_len=max_len, threads=threads, verify=verify)
+        self._encoder = loaded.encoder
+        self.bundle, self.tokenizer = loaded.encoder.bundle, loaded.encoder.tokenizer
+        self.memory_plan, self.threads = loaded.memory_plan, loaded.threads
         self.max_batch, self.max_len = self.memory_plan.max_batch, self.memory_plan.max_len
-        self.threads = _in_range("threads", default_threads() if threads is None else threads, 1024)
-        self.default_params = default_params(config)
-        self.memory_plan.check()
-        backend = OrtCpu(
-            open_session(self.bundle.graph_path(SLOTS.name), self.threads),
-            geometry,
-            num_slots=self.max_batch,
-            capacity=cache_capacity(self.max_len, PROMPT_CHUNK),
-        )
-        engine = Engine(
-            backend,
-            self.tokenizer.byte_table,
-            eos_token_ids(config),
-            vocab_size=geometry.vocab_size,
-            max_batch=self.max_batch,
-            max_len=self.max_len,
-            prompt_budget=PROMPT_BUDGET,
-            max_chunk=PROMPT_CHUNK,
-        )
-        self._engine = SharedEngine(engine)
+        self.default_params = loaded.default_params
+        self._engine = SharedEngine(loaded.engine)
 
     @classmethod
     def plan(
@@ -120,9 +89,7 @@ class LLM:
             BundleError: the bundle can't be used.
             RequestError: an argument is out of range.
         """
-        if isinstance(bundle, PromptEncoder):
-            return _plan(bundle.bundle, max_batch, max_len)
-        return _plan(open_bundle(_path(bundle), verify="size"), max_batch, max_len)
+        return plan(opened(bundle, verify="size").bundle, max_batch, max_len)
 
     @property
     def has_chat_template(self) -> bool:
@@ -322,25 +289,6 @@ class LLM:
         return self._engine.add(token_ids, request.params, inbox)
 
 
-def _plan(bundle: Bundle, max_batch: int, max_len: int | None) -> MemoryPlan:
-    geometry = bundle.manifest.geometry
-    bundle.graph_path(SLOTS.name)  # which it may not have
-    weights = weight_bytes(bundle.manifest, SLOTS.name)
-    usual = min(DEFAULT_MAX_LEN, geometry.max_positions)
-    length = usual if max_len is None else max_len
-    plan = MemoryPlan(
-        geometry=geometry,
-        weights=weights,
-        available=available_memory(mapped_bytes=weights),
-        max_batch=_in_range("max_batch", max_batch, MAX_BATCH),
-        max_len=_in_range("max_len", length, geometry.max_positions, low=MIN_LEN),
-        prompt_budget=PROMPT_BUDGET,
-    )
-    if max_len is None and not plan.fits and plan.largest_max_len >= LEAST_DEFAULT_LEN:
-        return replace(plan, max_len=plan.largest_max_len)
-    return plan
-
-
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     """A list of prompts, also from a single one."""
     if not isinstance(prompts, str) and not _is_list(prompts):
@@ -367,17 +315,5 @@ def _checked(requests: Iterable[Request | None]) -> Iterator[Request | None]:
         yield request
 
 
-def _path(bundle: object) -> Path:
-    if not isinstance(bundle, (str, os.PathLike)):
-        raise _wrong_type("bundle", "a path", bundle)
-    return Path(bundle)
-
-
 def _wrong_type(param: str, wanted: str, value: object) -> RequestError:
     return RequestError(f"{param} must be {wanted}, not {type(value).__name__}", param=param)
-
-
-def _in_range(param: str, value: object, high: int, *, low: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestError(f"{param} must lie in {low} to {high}, not {value!r}", param=param)
-    return value

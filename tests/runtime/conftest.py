@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llama_runtime import llm
+from llama_runtime import loading
 from llama_runtime.backends.fake import Fake
 from llama_runtime.bundle import (
     Graph,
@@ -43,7 +43,7 @@ FAKE_GEOMETRY = Geometry(
 # takes as many seconds as the first argument says.
 FAKE_LLAMA_RUN = """
 import sys, time
-from llama_runtime import llm
+from llama_runtime import loading
 from llama_runtime.backends.fake import Fake
 
 class SlowFake(Fake):
@@ -51,8 +51,8 @@ class SlowFake(Fake):
         time.sleep(float(sys.argv[1]))
         return super().run(step)
 
-llm.open_session = lambda graph, threads: None
-llm.OrtCpu = lambda session, geometry, *, num_slots, capacity: SlowFake(
+loading.open_session = lambda graph, threads: None
+loading.OrtCpu = lambda session, geometry, *, num_slots, capacity: SlowFake(
     num_slots, capacity, geometry.vocab_size
 )
 from llama_runtime.cli import cli
@@ -112,8 +112,8 @@ def fake_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     def make(session: object, geometry: Geometry, *, num_slots: int, capacity: int) -> Fake:
         return Fake(num_slots, capacity, geometry.vocab_size)
 
-    monkeypatch.setattr(llm, "open_session", lambda *_: None)
-    monkeypatch.setattr(llm, "OrtCpu", make)
+    monkeypatch.setattr(loading, "open_session", lambda *_: None)
+    monkeypatch.setattr(loading, "OrtCpu", make)
 
 
 @pytest.fixture

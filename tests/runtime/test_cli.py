@@ -12,8 +12,9 @@ import pytest
 from click.testing import CliRunner, Result
 from click.types import FloatParamType, IntParamType
 
-from llama_runtime import __version__, llm
+from llama_runtime import __version__, loading
 from llama_runtime.cli import cli
+from llama_runtime.llm import LLM
 from llama_runtime.machine import Memory
 from llama_runtime.params import SamplingParams
 
@@ -267,7 +268,7 @@ def test_generate_prints_the_text_and_nothing_else(run: Run, fake_bundle: Path) 
     result = run("generate", "hello", "--max-tokens", 30)
     assert result.exit_code == 0
     assert result.stderr == ""
-    with llm.LLM(fake_bundle, max_batch=1, threads=1) as loaded:
+    with LLM(fake_bundle, max_batch=1, threads=1) as loaded:
         (expected,) = loaded.chat(
             [{"role": "user", "content": "hello"}], SamplingParams(max_tokens=30)
         )
@@ -296,13 +297,13 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def available_memory(mapped_bytes: int) -> Memory:
         return Memory(81_600_000, "container")
 
-    monkeypatch.setattr(llm, "available_memory", available_memory)
+    monkeypatch.setattr(loading, "available_memory", available_memory)
 
 
 def test_a_plan_that_fits_is_a_table_and_status_0(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llm, "open_session", None)  # so that loading would fail
+    monkeypatch.setattr(loading, "open_session", None)  # so that loading would fail
     result = run("plan", "--max-batch", 4, "--max-len", 100)
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
@@ -349,7 +350,7 @@ def test_plan_json_is_one_object_with_sizes_in_bytes(run: Run) -> None:
 def test_too_little_memory_is_refused_before_anything_is_loaded(
     run: Run, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llm, "open_session", None)  # so that loading would fail
+    monkeypatch.setattr(loading, "open_session", None)  # so that loading would fail
     for args in (
         ["batch", prompts, "--max-len", 500],
         ["batch", prompts, "--max-tokens", 400, "--max-batch", 64],
@@ -382,8 +383,8 @@ def test_help_and_version_read_well_at_every_level(run: Run) -> None:
 def test_defaults_in_the_help_are_those_of_the_library(run: Run) -> None:
     text = " ".join(run("batch", "--help").stdout.split())
     assert f"[default: {SamplingParams().max_tokens}]" in text
-    assert f"Prompts that run at once. [default: {llm.DEFAULT_MAX_BATCH};" in text
-    assert f"at most {llm.DEFAULT_MAX_LEN}]" in text
+    assert f"Prompts that run at once. [default: {loading.DEFAULT_MAX_BATCH};" in text
+    assert f"at most {loading.DEFAULT_MAX_LEN}]" in text
 
 
 def test_a_full_disk_is_status_1(run: Run, prompts: Path) -> None:

@@ -18,10 +18,10 @@ from llama_runtime import __version__
 # The command itself, from its first import on, with the fake backend.
 FAKE = """
 import sys
-from llama_runtime import llm
+from llama_runtime import loading
 from llama_runtime.backends.fake import Fake
-llm.open_session = lambda graph, threads: None
-llm.OrtCpu = lambda session, geometry, *, num_slots, capacity: Fake(
+loading.open_session = lambda graph, threads: None
+loading.OrtCpu = lambda session, geometry, *, num_slots, capacity: Fake(
     num_slots, capacity, geometry.vocab_size
 )
 from llama_runtime.__main__ import main

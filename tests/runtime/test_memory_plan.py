@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_runtime import llm
+from llama_runtime import loading
 from llama_runtime.contract import PROMPT_CHUNK, Geometry, cache_capacity
 from llama_runtime.errors import BundleError, CapacityError, RequestError
 from llama_runtime.kv_cache import cache_buffers
@@ -182,7 +182,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def available_memory(mapped_bytes: int) -> Memory:
         return Memory(bytes_left[0] - mapped_bytes, "container")
 
-    monkeypatch.setattr(llm, "available_memory", available_memory)
+    monkeypatch.setattr(loading, "available_memory", available_memory)
     return bytes_left
 
 
@@ -190,7 +190,7 @@ def test_it_is_refused_before_anything_is_loaded(
     fake_bundle: Path, memory: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
-    monkeypatch.setattr(llm, "open_session", lambda *_: opened.append(1))
+    monkeypatch.setattr(loading, "open_session", lambda *_: opened.append(1))
     memory[0] = REST + 64 * cache_capacity(400, PROMPT_CHUNK)
     with pytest.raises(CapacityError, match=r"max_batch 1 and max_len 500 .* set max_len 384$"):
         LLM(fake_bundle, max_batch=1, max_len=500, threads=1)
@@ -201,7 +201,7 @@ def test_it_is_refused_before_anything_is_loaded(
 def test_by_default_max_len_is_what_the_plan_allows(
     fake_bundle: Path, memory: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llm, "LEAST_DEFAULT_LEN", 256)
+    monkeypatch.setattr(loading, "LEAST_DEFAULT_LEN", 256)
     for room, expected in ((512, 512), (470, 448), (256, 256)):
         memory[0] = REST + 64 * cache_capacity(room, PROMPT_CHUNK)
         assert LLM.plan(fake_bundle, max_batch=1).max_len == expected
@@ -215,7 +215,7 @@ def test_by_default_max_len_is_what_the_plan_allows(
 def test_a_plan_can_be_had_without_loading(
     fake_bundle: Path, memory: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llm, "open_session", None)  # so that loading would fail
+    monkeypatch.setattr(loading, "open_session", None)  # so that loading would fail
     memory[0] = 1
     found = LLM.plan(fake_bundle, max_batch=7, max_len=100)
     assert (found.max_batch, found.max_len, found.fits) == (7, 100, False)

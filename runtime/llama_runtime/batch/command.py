@@ -18,7 +18,8 @@ from llama_runtime.bundle import open_bundle
 from llama_runtime.errors import CaravanError
 from llama_runtime.generation_config import default_params
 from llama_runtime.interrupts import last_act
-from llama_runtime.llm import DEFAULT_MAX_BATCH, LLM
+from llama_runtime.llm import LLM
+from llama_runtime.loading import DEFAULT_MAX_BATCH
 from llama_runtime.progress import Console
 from llama_runtime.prompt_encoder import PromptEncoder
 
