@@ -73,6 +73,10 @@ class Timed:
         self.decoding = len(step.chunks) if step.unpack.shape[1] == 1 else 0
         return logits
 
+    def clean(self, slot: int, num_tokens: int) -> None:
+        """See ``Backend.clean``."""
+        self.inner.clean(slot, num_tokens)
+
     def close(self) -> None:
         """Nothing: the next round uses the one inside."""
 

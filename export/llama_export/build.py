@@ -24,6 +24,7 @@ from llama_export.errors import ExportError
 from llama_export.gguf_tokenizer import read_gguf_tokenizer
 from llama_export.model_card import model_card
 from llama_export.output_folder import new_directory
+from llama_export.sampler import save_sampler
 from llama_export.source_tokenizer import SourceTokenizer, read_huggingface_tokenizer
 from llama_export.stages import Stages
 from llama_export.trace import save_graph, trace_decoder
@@ -47,7 +48,7 @@ from llama_runtime.bundle import (
     write_manifest,
 )
 from llama_runtime.bundle_limits import CHAT_TEMPLATE
-from llama_runtime.contract import SLOTS
+from llama_runtime.contract import SAMPLER, SLOTS
 from llama_runtime.errors import BundleError, one_line
 from llama_runtime.generation_config import default_params, eos_token_ids
 from llama_runtime.interrupts import Held
@@ -56,6 +57,7 @@ from llama_runtime.prompt_encoder import PromptEncoder
 logger = logging.getLogger(__name__)
 
 GRAPH_FILE = "decoder.onnx"
+SAMPLER_FILE = "sampler.onnx"
 WEIGHT_FILE = "model.safetensors"
 MODEL_CARD = "README.md"
 TOOLS = ("torch", "onnx", "onnxruntime", "numpy", "tokenizers")
@@ -186,6 +188,7 @@ def _write_bundle(checkpoint: Checkpoint, directory: Path, stages: Stages) -> Ma
     with stages("trace decoder"):
         traced = trace_decoder(build_decoder(config, read_weights(weights), slots_attention), SLOTS)
         save_graph(traced, directory / GRAPH_FILE, WEIGHT_FILE, weight_regions(shapes))
+        save_sampler(config.vocab_size, directory / SAMPLER_FILE)
     licence_files = checkpoint.licence_files()
     for path in licence_files:
         shutil.copyfile(path, directory / path.name)
@@ -196,7 +199,10 @@ def _write_bundle(checkpoint: Checkpoint, directory: Path, stages: Stages) -> Ma
             source=_source(checkpoint),
             licence=Licence(checkpoint.licence, tuple(path.name for path in licence_files)),
             geometry=config.geometry,
-            graphs=(Graph(dialect=SLOTS.name, precision="fp32", file=GRAPH_FILE),),
+            graphs=(
+                Graph(dialect=SLOTS.name, precision="fp32", file=GRAPH_FILE),
+                Graph(dialect=SAMPLER, precision="fp32", file=SAMPLER_FILE),
+            ),
             special_tokens=tokenizer.special_tokens,
             verification={},
             files=describe_files(directory),

@@ -150,6 +150,10 @@ class ComparedBackend:
             self._compare(logits[: step.num_logits], expected[: step.num_logits].numpy())
         return logits
 
+    def clean(self, slot: int, num_tokens: int) -> None:
+        """See ``Backend.clean``; the decoder's cache is only read up to what was written."""
+        self._backend.clean(slot, num_tokens)
+
     def close(self) -> None:
         """See ``Backend.close``."""
         self._backend.close()

@@ -4,6 +4,7 @@ A bundle is a directory that ``llama-export build`` writes and everything in thi
 
     manifest.json           what follows, with sizes and hashes
     decoder.onnx            a graph for each dialect; the manifest names them
+    sampler.onnx            the graph that makes tokens of logits
     model.safetensors       the weights, which the graphs point into
     tokenizer.json          the tokenizer
     generation_config.json  EOS ids and the model's own sampling settings

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from llama_runtime import __version__
+from llama_runtime.cli_options import bundle_option, generation_options, given
 from llama_runtime.command_line import FAILED, Commands, print_out
 from llama_runtime.errors import CapacityError, RequestError
 from llama_runtime.progress import Console
@@ -38,71 +38,6 @@ def cli() -> None:
     """
 
 
-_bundle_option = click.option(
-    "--bundle",
-    metavar="FOLDER",
-    type=click.Path(path_type=Path),
-    default=Path("bundle"),
-    show_default=True,
-    envvar="LLAMA_RUN_BUNDLE",
-    show_envvar=True,
-    help="The bundle's directory.",
-)
-
-
-def _generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say how prompts are continued."""
-    options = [
-        _bundle_option,
-        click.option(
-            "--chat/--no-chat",
-            default=None,
-            help="Give each prompt as a user's message, laid out by the bundle's chat template; "
-            "or as raw text.  [default: as chat if there is a template]",
-        ),
-        click.option(
-            "--max-tokens",
-            metavar="N",
-            type=int,
-            help="The most tokens of a completion.  [default: 256]",
-        ),
-        click.option(
-            "--temperature",
-            metavar="X",
-            type=float,
-            help="0 takes the likeliest token; higher is more varied.  [default: the bundle's]",
-        ),
-        click.option(
-            "--top-p",
-            metavar="X",
-            type=float,
-            help="Sample among the likeliest tokens that together hold this probability; 1 turns "
-            "it off.  [default: the bundle's]",
-        ),
-        click.option(
-            "--top-k",
-            metavar="N",
-            type=int,
-            help="Sample among the k likeliest tokens; 0 turns it off.  [default: the bundle's]",
-        ),
-        click.option(
-            "--seed",
-            metavar="N",
-            type=int,
-            help="Draw the same random numbers again.  [default: a fresh one]",
-        ),
-        click.option(
-            "--threads",
-            metavar="N",
-            type=click.IntRange(min=1),
-            help="Threads of the kernels.  [default: the processors this process may use]",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 @cli.command(
     epilog=_examples(
         "  llama-run batch prompts.txt",
@@ -119,7 +54,7 @@ def _generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ".results.jsonl; standard output for standard input]",
 )
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
-@_generation_options
+@generation_options
 @click.option(
     "--max-batch",
     metavar="N",
@@ -151,14 +86,15 @@ def batch(
     """Complete every prompt of FILE.
 
     FILE is a .txt with one prompt a line, or a .jsonl with one object a line: "prompt" (a text) or
-    "messages" (a list of {"role", "content"}), and if wanted max_tokens, temperature, top_p, top_k
-    and seed, which go before the options given here. "-" is standard input, in either form. Blank
-    lines are skipped and don't count.
+    "messages" (a list of {"role", "content"}), and if wanted any of the options below that say how
+    it is continued, as max_tokens, top_p, stop, logit_bias and so on, which go before those given
+    here. "-" is standard input, in either form. Blank lines are skipped and don't count.
 
     The results are one JSON object a line, in the order of the prompts: index (from 0), prompt,
-    text, token_ids, finish_reason (stop, length or error), usage, seed, error. A row that can't
-    run says why in "error", and the others go on. A row run alone with its seed gives the same
-    text.
+    text, token_ids, finish_reason (stop, length or error), usage, seed, error; stop_text, logprobs
+    and prompt_logprobs where they are asked for. With -n above 1, "samples" holds what belongs to
+    each. A row that can't run says why in "error", and the others go on. A row run alone with its
+    seed gives the same text.
 
     With --seed, each row gets a seed of its own, made from this one and the row's index.
 
@@ -173,7 +109,7 @@ def batch(
     results = ResultFile.for_job(source, output, force=force)
     settings = Settings(
         bundle=bundle,
-        options=_given(sampling),
+        options=given(sampling),
         chat=chat,
         max_batch=max_batch,
         max_len=max_len,
@@ -193,15 +129,23 @@ def batch(
     )
 )
 @click.argument("prompt")
-@_generation_options
+@generation_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, as batch does.")
 def generate(
-    prompt: str, bundle: Path, chat: bool | None, threads: int | None, **sampling: Any
+    prompt: str,
+    bundle: Path,
+    chat: bool | None,
+    threads: int | None,
+    as_json: bool,
+    **sampling: Any,
 ) -> None:
     """Complete PROMPT and show the text as it comes.
 
-    "-" reads the prompt from standard input.
+    "-" reads the prompt from standard input. With -n above 1 the completions follow each other, a
+    line "--- 0 ---", "--- 1 ---", ... before each; log-probabilities need --json.
     """
     from llama_runtime.batch.recipe import Recipe
+    from llama_runtime.batch.results import result_line
     from llama_runtime.batch.rows import Row
     from llama_runtime.bundle import open_bundle
     from llama_runtime.generation_config import default_params
@@ -212,14 +156,24 @@ def generate(
         prompt = _read_prompt()
     encoder = PromptEncoder(open_bundle(bundle))
     defaults = default_params(encoder.bundle.generation_config)
-    recipe = Recipe.of_job(encoder, defaults, _given(sampling), chat)
-    request = recipe.request(Row(0, prompt))
-    max_len = len(request.prompt) + request.params.max_tokens
-    with LLM(encoder, max_batch=1, max_len=max_len, threads=threads) as llm:
+    recipe = Recipe.of_job(encoder, defaults, given(sampling), chat)
+    row = Row(0, prompt)
+    request = recipe.request(row)
+    params = request.params
+    if (params.logprobs or params.prompt_logprobs) and not as_json:
+        raise RequestError("log-probabilities need --json", param="logprobs")
+    max_len = len(request.prompt) + params.max_tokens
+    with LLM(encoder, max_batch=params.n, max_len=max_len, threads=threads) as llm:
         started = time.monotonic()
-        for event in llm.stream(request.prompt, request.params):
-            print_out(event.text)
-        print_out("\n")
+        if as_json:
+            print_out(result_line(row, llm.generate(request.prompt, params), None).decode())
+        elif params.n == 1:
+            for event in llm.stream(request.prompt, params):
+                print_out(event.text)
+            print_out("\n")
+        else:
+            for completion in llm.generate(request.prompt, params):
+                print_out(f"--- {completion.sample} ---\n{completion.text}\n")
         seconds, stats = time.monotonic() - started, llm.stats()
     if sys.stderr.isatty():
         click.echo(
@@ -230,7 +184,7 @@ def generate(
 
 
 @cli.command(epilog=_examples("  llama-run inspect --bundle ./bundle"))
-@_bundle_option
+@bundle_option
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest itself.")
 def inspect(bundle: Path, as_json: bool) -> None:
     """Check a bundle and show what it holds."""
@@ -248,7 +202,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
         "  llama-run plan --json",
     )
 )
-@_bundle_option
+@bundle_option
 @click.option(
     "--max-batch",
     metavar="N",
@@ -287,11 +241,6 @@ def plan(bundle: Path, max_batch: int, max_len: int | None, as_json: bool) -> No
     except CapacityError as error:
         click.echo(f"Error: {error}", err=True)
         click.get_current_context().exit(FAILED)
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that the user gave, so the bundle's own stay where there are none."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def _read_prompt() -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llama_runtime.engine import TokenEvent
 from llama_runtime.errors import CaravanError
 from llama_runtime.params import SamplingParams
-from llama_runtime.sequence import FinishReason, Sequence
+from llama_runtime.sequence import FinishReason, Sequence, TokenLogprob
 
 Prompt = str | Seq[int]
 
@@ -37,6 +37,11 @@ class Completion:
         num_prompt_tokens: length of the prompt; 0 if it never became tokens.
         seed: the random stream in use: the same request with this seed gives the same text.
         error: what went wrong, if ``finish_reason`` is "error".
+        sample: which of the ``n`` completions of the request this is, from 0.
+        stop_text: the text of ``stop`` that ended it, or None.
+        logprobs: of each token of ``token_ids``; None unless they were asked for.
+        prompt_logprobs: of each token of the prompt, None for the first, which nothing precedes;
+            None unless they were asked for.
     """
 
     text: str
@@ -45,6 +50,10 @@ class Completion:
     num_prompt_tokens: int = 0
     seed: int | None = None
     error: CaravanError | None = None
+    sample: int = 0
+    stop_text: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
     @classmethod
     def of(cls, seq: Sequence, text: str, last: TokenEvent) -> Completion:
@@ -62,4 +71,8 @@ class Completion:
             num_prompt_tokens=seq.num_prompt_tokens,
             seed=seq.seed,
             error=last.error,
+            sample=seq.sample,
+            stop_text=seq.stop_texts.found,
+            logprobs=seq.logprobs if seq.params.logprobs else None,
+            prompt_logprobs=seq.prompt_logprobs if seq.params.prompt_logprobs else None,
         )

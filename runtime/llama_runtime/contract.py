@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-DType = Literal["float32", "int64", "int32"]
+DType = Literal["float32", "float64", "int64", "int32", "bool"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,3 +148,43 @@ def cache_capacity(max_len: int, max_chunk: int) -> int:
     the furthest begin at a last chunk.
     """
     return max(max_len, last_chunk_start(max_len - 1) + min(max_chunk, max_len - 1))
+
+
+def max_logits_rows(num_slots: int) -> int:
+    """The most rows of logits of one step: one a slot, or all of a last chunk that is scored."""
+    return max(num_slots, MIN_CHUNK)
+
+
+# The sampler: a graph of its own, fed with rows of the decoder's logits where they lie. Rows come
+# in three groups, whose sizes are U, F and L: drawn from the whole vocabulary, drawn from filtered
+# tokens, and scored. Greedy rows need no graph. T is 20, or V if that is less.
+SAMPLER = "sampler"  # the name of its dialect in a manifest
+MAX_TOP_LOGPROBS = 20
+SAMPLER_ROWS = 32  # that go through it at once: each holds two or three times its logits meanwhile
+
+SAMPLER_INPUTS = (
+    TensorSpec("whole_logits", "float32", ("U", "V"), "rows drawn from the whole vocabulary"),
+    TensorSpec("whole_inverse_temperatures", "float32", ("U", "1"), "1 / temperature"),
+    TensorSpec("whole_numbers", "float64", ("U", "1"), "uniform in [0, 1)"),
+    TensorSpec("filtered_logits", "float32", ("F", "V"), "rows drawn from filtered tokens"),
+    TensorSpec("filtered_inverse_temperatures", "float32", ("F", "1"), "1 / temperature"),
+    TensorSpec("filtered_numbers", "float64", ("F", "1"), "uniform in [0, 1)"),
+    TensorSpec("top_k", "int64", ("F", "1"), "1 to V; V turns the filter off"),
+    TensorSpec("top_p", "float64", ("F", "1"), "above 0; 1 turns the filter off"),
+    TensorSpec("min_p", "float64", ("F", "1"), "0 turns the filter off"),
+    TensorSpec("candidates", "int64", ("1",), "how many likeliest tokens a filter looks at"),
+    TensorSpec("scored_logits", "float32", ("L", "V"), "rows whose log-probabilities are wanted"),
+    TensorSpec("scored_tokens", "int64", ("L", "1"), "the token of each"),
+)
+SAMPLER_OUTPUTS = (
+    TensorSpec("whole_tokens", "int64", ("U", "1"), "drawn tokens"),
+    TensorSpec("whole_totals", "float64", ("U", "1"), "NaN unless the row can be drawn from"),
+    TensorSpec("filtered_tokens", "int64", ("F", "1"), "drawn tokens, if covered"),
+    TensorSpec(
+        "filtered_covered", "bool", ("F", "1"), "whether the candidates hold all tokens kept"
+    ),
+    TensorSpec("filtered_totals", "float64", ("F", "1"), "NaN unless the row can be drawn from"),
+    TensorSpec("scored_logprobs", "float64", ("L", "1"), "of the token"),
+    TensorSpec("top_tokens", "int64", ("L", "T"), "the likeliest tokens, likeliest first"),
+    TensorSpec("top_logprobs", "float64", ("L", "T"), "theirs"),
+)

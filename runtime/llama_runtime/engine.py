@@ -11,16 +11,20 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from operator import index
 
+import numpy as np
+
 from llama_runtime.backends.base import Backend
 from llama_runtime.detokenizer import Detokenizer, TokenBytes
 from llama_runtime.errors import BackendError, CapacityError, CaravanError, RequestError
 from llama_runtime.kv_cache import SlotCache
 from llama_runtime.params import SamplingParams, fresh_seed
-from llama_runtime.sampling import NOT_FINITE, sample
+from llama_runtime.sampler import Sampler, by_kind
+from llama_runtime.sampling import NOT_FINITE, Kernels, Logits, Reference
 from llama_runtime.scheduler import Chunk, Scheduler
-from llama_runtime.sequence import FinishReason, Sequence
-from llama_runtime.step_batch import StepBatch
-from llama_runtime.stopping import finish_reason
+from llama_runtime.sequence import FinishReason, Sequence, TokenLogprob
+from llama_runtime.step_batch import Step, StepBatch
+from llama_runtime.stop_texts import StopTexts
+from llama_runtime.stopping import finish_reason, reached_min_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,8 @@ class TokenEvent:
         text: the text that became complete; the texts of all events are the completion.
         finish_reason: why the sequence ended, or None if it goes on.
         error: what went wrong, if ``finish_reason`` is "error".
+        logprob: how likely the model found the token, if ``logprobs`` asks for it.
+        sample: which of the ``n`` completions of a request this is of, from 0.
     """
 
     sequence_id: int
@@ -40,6 +46,8 @@ class TokenEvent:
     text: str
     finish_reason: FinishReason | None = None
     error: CaravanError | None = None
+    logprob: TokenLogprob | None = None
+    sample: int = 0
 
 
 class Engine:
@@ -55,6 +63,7 @@ class Engine:
         prompt_budget: the most prompt tokens of one step.
         max_chunk: the most prompt tokens of one sequence in one step.
         refill: False gives fixed batches, for comparison.
+        kernels: what chooses tokens; None computes in numpy.
     """
 
     def __init__(
@@ -69,6 +78,7 @@ class Engine:
         prompt_budget: int,
         max_chunk: int,
         refill: bool = True,
+        kernels: Kernels | None = None,
     ) -> None:
         self.max_len = max_len
         self.failure: BackendError | None = None
@@ -82,7 +92,9 @@ class Engine:
             self._cache, prompt_budget=prompt_budget, max_chunk=max_chunk, refill=refill
         )
         self._step_batch = StepBatch(max_batch, prompt_budget, backend.row_multiple)
+        self._sampler = Sampler(kernels or Reference(), self._eos_token_ids)
         self._sequences: dict[int, Sequence] = {}
+        self._doubtful = False  # whether the last forward failed, and one sequence got the blame
         self._next_id = 0
 
     @property
@@ -100,19 +112,22 @@ class Engine:
         """Sequences that hold a slot."""
         return len(self._scheduler.running)
 
-    def add(self, prompt_token_ids: Seq[int], params: SamplingParams) -> Sequence:
+    def add(
+        self, prompt_token_ids: Seq[int], params: SamplingParams, *, sample: int = 0
+    ) -> Sequence:
         """Queue a prompt.
 
         Args:
             prompt_token_ids: at least one token.
             params: how to continue it. A ``seed`` of None draws a fresh one.
+            sample: which of its ``n`` completions this is; each is added by itself.
 
         Returns:
             The sequence; its ``id`` is that of the events, its ``seed`` the one in use.
 
         Raises:
             CapacityError: prompt and max_tokens don't fit ``max_len``.
-            RequestError: the prompt is empty or holds unknown ids.
+            RequestError: the prompt is empty, or it or a parameter holds unknown ids.
             BackendError: an earlier step failed and the engine has stopped.
             CaravanError: the engine is closed.
         """
@@ -124,7 +139,11 @@ class Engine:
             raise RequestError(
                 f"params must be SamplingParams, not {type(params).__name__}", param="params"
             )
+        if not 0 <= sample < params.n:
+            raise RequestError(f"sample must lie in 0 to {params.n - 1}, not {sample}", param="n")
         token_ids = self._checked_prompt(prompt_token_ids, params)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        self._check_ids("logit_bias", params.logit_bias)
         seq = Sequence(
             id=self._next_id,
             token_ids=token_ids,
@@ -132,6 +151,8 @@ class Engine:
             params=params,
             seed=fresh_seed() if params.seed is None else params.seed,
             detokenizer=Detokenizer(self._token_bytes),
+            stop_texts=StopTexts(params.stop, include=params.include_stop),
+            sample=sample,
         )
         self._next_id += 1
         self._sequences[seq.id] = seq
@@ -141,25 +162,19 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Run one forward; one event for each sequence that got a token or ended.
 
-        A row whose logits aren't finite ends its own sequence. A failing backend ends every
-        sequence with the same error and stops the engine.
+        A row whose logits aren't finite ends its own sequence. If a forward fails, each of its
+        sequences runs alone, and those that fail then end with their own error; if none runs, every
+        sequence ends with the same error and the engine has stopped.
         """
         chunks = self._scheduler.schedule()
         if not chunks:
             return []
-        step = self._step_batch.build(chunks)
+        chunks.sort(key=lambda chunk: by_kind(chunk.seq))
         try:
-            logits = self._backend.run(step)
-        except BackendError as error:
-            return self._fail(error)
+            events = self._forward(chunks)
         except Exception as error:
-            failure = BackendError(f"the backend failed: {error!r}")
-            failure.__cause__ = error
-            return self._fail(failure)
-        sampled = [chunk.seq for chunk in chunks if chunk.samples]
-        token_ids = sample(logits, sampled).tolist()
-        self._advance(chunks)
-        return [self._commit(seq, token) for seq, token in zip(sampled, token_ids, strict=True)]
+            events = self._isolate(chunks, error)
+        return events if self.failure is None else events + self._fail(self.failure)
 
     def abort(self, sequence_id: int) -> None:
         """End a sequence now and free its slot; unknown and ended ones are ignored."""
@@ -205,41 +220,116 @@ class Engine:
                 "shorten the prompt, lower max_tokens or raise max_len",
                 param="max_tokens" if count < self.max_len else "prompt",
             )
-        if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
-            raise RequestError(
-                f"token ids must lie in 0 to {self._vocab_size - 1}, not "
-                f"{min(token_ids)} to {max(token_ids)}",
-                param="prompt",
-            )
+        self._check_ids("prompt", (min(token_ids), max(token_ids)))
         return token_ids
 
-    def _advance(self, chunks: Seq[Chunk]) -> None:
-        for chunk in chunks:
-            chunk.seq.cache_len += chunk.num_tokens
+    def _check_ids(self, param: str, token_ids: Collection[int]) -> None:
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
+            raise RequestError(
+                f"{param}: token ids must lie in 0 to {self._vocab_size - 1}, not "
+                f"{min(token_ids)} to {max(token_ids)}",
+                param=param,
+            )
 
-    def _commit(self, seq: Sequence, token_id: int) -> TokenEvent:
+    def _forward(self, chunks: Seq[Chunk]) -> list[TokenEvent]:
+        """One forward; nothing has changed but the cache if it raises."""
+        step = self._step_batch.build(chunks)
+        logits = self._backend.run(step)
+        scored = self._score_prompts(step, logits)
+        sampled = [chunk.seq for chunk in chunks if chunk.samples]
+        token_ids, logprobs = self._sampler.sample(logits[: step.num_logits], sampled)
+        for chunk, prompt_logprobs in zip(chunks, scored, strict=True):
+            chunk.seq.cache_len += chunk.num_tokens
+            chunk.seq.prompt_logprobs += prompt_logprobs
+        self._doubtful = False
+        return [self._commit(*row) for row in zip(sampled, token_ids, logprobs, strict=True)]
+
+    def _isolate(self, chunks: Seq[Chunk], error: Exception) -> list[TokenEvent]:
+        """Find whose fault it was: what a chunk writes into the cache is the same again.
+
+        One that has nobody beside it to compare with is believed to be at fault, once.
+        """
+        events: list[TokenEvent] = []
+        failed = [(chunks[0], error)] if len(chunks) == 1 else []
+        for chunk in chunks if len(chunks) > 1 else ():
+            try:
+                events += self._forward([chunk])
+            except Exception as own_error:
+                failed.append((chunk, own_error))
+        if len(failed) == len(chunks) and (self._doubtful or len(chunks) > 1):
+            return self._fail(_backend_error(error))
+        self._doubtful = len(failed) == len(chunks)
+        return events + [self._end_in_error(chunk.seq, _backend_error(e)) for chunk, e in failed]
+
+    def _score_prompts(self, step: Step, logits: Logits) -> list[list[TokenLogprob | None]]:
+        """For each chunk, the log-probabilities of the prompt's tokens that follow its rows."""
+        scored: list[list[TokenLogprob | None]] = []
+        first = step.num_logits
+        for chunk in step.chunks:
+            seq, count = chunk.seq, chunk.num_scored
+            asked = seq.params.prompt_logprobs and seq.cache_len == 0
+            scored.append([None] if asked else [])
+            if count:
+                following = seq.token_ids[seq.cache_len + 1 : seq.cache_len + 1 + count]
+                rows = logits[first : first + count]
+                tops = [seq.params.top_logprobs] * count
+                scored[-1] += self._sampler.score(rows, np.array(following), tops)
+                first += count
+        return scored
+
+    def _commit(self, seq: Sequence, token_id: int, logprob: TokenLogprob | None) -> TokenEvent:
+        """Give a sequence its token; whatever goes wrong is its own affair."""
         if token_id == NOT_FINITE:
-            self._end(seq, "error")
             error = BackendError("the model's logits were not finite numbers")
-            return TokenEvent(seq.id, None, seq.detokenizer.finish(), "error", error)
-        seq.token_ids.append(token_id)
-        reason = finish_reason(seq, self._eos_token_ids)
-        text = "" if reason == "stop" else seq.detokenizer.push(token_id)
+            return self._end_in_error(seq, error)
+        try:
+            text, reason = self._grow(seq, token_id)
+        except Exception as error:
+            return self._end_in_error(seq, _backend_error(error))
+        if logprob is not None:
+            seq.logprobs.append(logprob)
         if reason is not None:
-            text += seq.detokenizer.finish()
             self._end(seq, reason)
-        return TokenEvent(seq.id, token_id, text, reason)
+        return TokenEvent(seq.id, token_id, text, reason, logprob=logprob, sample=seq.sample)
+
+    def _grow(self, seq: Sequence, token_id: int) -> tuple[str, FinishReason | None]:
+        """Append a token: the text that can be shown by now, and why the sequence ends, if so."""
+        seq.append(token_id)
+        reason = finish_reason(seq, self._eos_token_ids)
+        may_stop = reached_min_tokens(seq)
+        text = "" if reason == "stop" else seq.detokenizer.push(token_id)
+        text = seq.stop_texts.push(text, may_stop=may_stop)
+        if reason is not None and seq.stop_texts.found is None:
+            text += seq.stop_texts.push(seq.detokenizer.finish(), may_stop=may_stop)
+        if seq.stop_texts.found is not None:
+            return text, "stop"
+        return (text if reason is None else text + seq.stop_texts.finish()), reason
 
     def _end(self, seq: Sequence, reason: FinishReason) -> None:
         seq.finish_reason = reason
         del self._sequences[seq.id]
         self._scheduler.remove(seq)
 
+    def _end_in_error(self, seq: Sequence, error: BackendError) -> TokenEvent:
+        """End a sequence whose part of the cache may hold anything."""
+        if seq.slot is not None and self.failure is None:
+            try:
+                self._backend.clean(seq.slot, seq.num_tokens)
+            except Exception as cleaning:
+                self.failure = _backend_error(cleaning)
+        self._end(seq, "error")
+        text = seq.stop_texts.push(seq.detokenizer.finish(), may_stop=False)
+        text += seq.stop_texts.finish()
+        return TokenEvent(seq.id, None, text, "error", error, sample=seq.sample)
+
     def _fail(self, error: BackendError) -> list[TokenEvent]:
         self.failure = error
-        events = []
-        for seq in list(self._sequences.values()):
-            self._end(seq, "error")
-            text = seq.detokenizer.finish()
-            events.append(TokenEvent(seq.id, None, text, "error", error))
-        return events
+        return [self._end_in_error(seq, error) for seq in list(self._sequences.values())]
+
+
+def _backend_error(error: Exception) -> BackendError:
+    if isinstance(error, BackendError):
+        return error
+    failure = BackendError(f"the backend failed: {error!r}")
+    failure.__cause__ = error
+    return failure

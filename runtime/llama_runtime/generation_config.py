@@ -30,16 +30,16 @@ def eos_token_ids(config: Mapping[str, Any]) -> frozenset[int]:
 def default_params(config: Mapping[str, Any]) -> SamplingParams:
     """Sampling where the caller asks for none: greedy, unless the publisher says ``do_sample``.
 
-    Without ``do_sample`` a temperature in the file means nothing to ``transformers`` either.
+    Without ``do_sample`` a temperature in the file means nothing to ``transformers`` either, but a
+    repetition penalty does.
 
     Raises:
         BundleError: an entry is out of range.
     """
-    if config.get("do_sample") is not True:
-        return SamplingParams()
-    names = ("temperature", "top_k", "top_p")
+    sampled = config.get("do_sample") is True
+    names = ["repetition_penalty", *(["temperature", "top_k", "top_p", "min_p"] * sampled)]
     given = {name: config[name] for name in names if config.get(name) is not None}
     try:
-        return SamplingParams(**({"temperature": 1.0} | given))
+        return SamplingParams(**(({"temperature": 1.0} if sampled else {}) | given))
     except RequestError as error:
         raise BundleError(f"generation_config.json: {error}") from error

@@ -21,16 +21,21 @@ from llama_runtime.errors import BackendError
 MAX_GRAPH_BYTES = 2**26  # that of 30 layers has less than 2^20
 MAX_DIMENSIONS = 8
 
-# What the exporter emits, by domain.
+# What the exporter emits, by domain. None makes a constant of what isn't one, as Shape would:
+# ONNX Runtime computes with constants while it loads.
+_DECODER = {"Add", "Gather", "Gemm", "Mul", "RMSNormalization", "Reshape", "Sigmoid", "Split"}
+_SAMPLER = {
+    *("TopK", "Softmax", "CumSum", "ReduceSum", "GatherElements", "GatherND", "Slice", "Pad"),
+    *("Add", "Sub", "Mul", "Div", "Log", "Min", "Cast", "Reshape", "Where"),
+    *("Less", "LessOrEqual", "GreaterOrEqual", "And", "Or", "Not"),
+}
 OPERATORS = {
-    "": frozenset(
-        {"Add", "Gather", "Gemm", "Mul", "RMSNormalization", "Reshape", "Sigmoid", "Split"}
-    ),
+    "": frozenset(_DECODER | _SAMPLER),
     "com.microsoft": frozenset({"GroupQueryAttention"}),
 }
 
 # Bits of one element, by the number of the type in onnx.proto.
-_BITS = {1: 32, 2: 8, 3: 8, 6: 32, 7: 64, 10: 16, 16: 16, 21: 4, 22: 4}
+_BITS = {1: 32, 2: 8, 3: 8, 6: 32, 7: 64, 10: 16, 11: 64, 16: 16, 21: 4, 22: 4}
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 Fields = Iterator[tuple[int, int | memoryview]]

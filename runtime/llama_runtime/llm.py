@@ -108,7 +108,7 @@ class LLM:
             params: for all of them, or one for each; None takes the bundle's defaults.
 
         Returns:
-            One completion a prompt, in order.
+            One completion a prompt, in order; with ``n`` above 1 that many, one after the other.
 
         Raises:
             RequestError: a prompt or parameter is wrong.
@@ -124,13 +124,13 @@ class LLM:
                 f"{len(several)} prompts with {len(params)} parameters", param="params"
             )
         requests = [Request(*pair) for pair in zip(several, params, strict=True)]
-        completions: dict[int, Completion] = {}
+        completions: dict[tuple[int, int], Completion] = {}
         for index, completion in self.run(requests):
             if completion.error is not None:
                 completion.error.add_note(f"prompt {index} of {len(requests)}")
                 raise completion.error
-            completions[index] = completion
-        return [completions[i] for i in range(len(requests))]
+            completions[index, completion.sample] = completion
+        return [completions[key] for key in sorted(completions)]
 
     def generate_batch(
         self,
@@ -200,13 +200,15 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
         """Continue one raw prompt, an event a token. Closing or dropping the stream frees the slot.
 
+        With ``n`` above 1 the events of all samples come as they are made.
+
         Raises:
             RequestError: the prompt or a parameter is wrong; raised by the call itself.
             BackendError: the graph failed.
         """
         inbox = Inbox()
-        seq = self._add(Request(prompt, params or self.default_params), inbox)
-        return TokenStream(self._engine, seq, inbox)
+        seqs = self._add(Request(prompt, params or self.default_params), inbox)
+        return TokenStream(self._engine, seqs, inbox)
 
     def run(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Completion]]:
         """Run requests as they come, and give each back as it finishes.
@@ -219,7 +221,8 @@ class LLM:
                 is asked for again after the next step.
 
         Yields:
-            The index of a request, from 0, and its completion; in order of finishing.
+            The index of a request, from 0, and a completion of it; in order of finishing. A request
+            has ``n`` of them, or one that is an error.
         """
         inbox = Inbox()
         in_flight: dict[int, tuple[int, Sequence, list[str]]] = {}
@@ -234,11 +237,11 @@ class LLM:
                         break
                     index = next(numbers)
                     try:
-                        seq = self._add(request, inbox)
+                        seqs = self._add(request, inbox)
                     except RequestError as error:
                         yield index, Completion("", [], "error", error=error)
                     else:
-                        in_flight[seq.id] = index, seq, []
+                        in_flight |= {seq.id: (index, seq, []) for seq in seqs}
                 if in_flight:
                     self._engine.wait(inbox)
                 while inbox:
@@ -281,7 +284,7 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _add(self, request: Request, inbox: Inbox) -> Sequence:
+    def _add(self, request: Request, inbox: Inbox) -> list[Sequence]:
         prompt = request.prompt
         if not isinstance(prompt, str) and not _is_list(prompt):
             raise _wrong_type("prompt", "a list of whole numbers, or text", prompt)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
+from llama_runtime.backends.ort_sampler import OrtSampler
 from llama_runtime.bundle import Bundle, open_bundle
-from llama_runtime.contract import PROMPT_CHUNK, SLOTS, cache_capacity
+from llama_runtime.contract import PROMPT_CHUNK, SAMPLER, SLOTS, cache_capacity
 from llama_runtime.engine import Engine
 from llama_runtime.errors import RequestError
 from llama_runtime.generation_config import default_params, eos_token_ids
@@ -57,7 +58,9 @@ def load(
     wanted = plan(encoder.bundle, max_batch, max_len)
     threads = in_range("threads", default_threads() if threads is None else threads, 1024)
     params = default_params(config)
+    sampler = encoder.bundle.graph_path(SAMPLER)
     wanted.check()
+    kernels = OrtSampler(sampler, manifest.geometry.vocab_size, threads)
     backend = OrtCpu(
         open_session(encoder.bundle.graph_path(SLOTS.name), threads),
         manifest.geometry,
@@ -73,6 +76,7 @@ def load(
         max_len=wanted.max_len,
         prompt_budget=PROMPT_BUDGET,
         max_chunk=PROMPT_CHUNK,
+        kernels=kernels,
     )
     return Loaded(encoder, wanted, threads, params, engine)
 

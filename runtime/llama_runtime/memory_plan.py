@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from llama_runtime.contract import MAX_CELLS, PROMPT_CHUNK, Geometry, cache_capacity
+from llama_runtime.contract import (
+    MAX_CELLS,
+    PROMPT_CHUNK,
+    SAMPLER_ROWS,
+    Geometry,
+    cache_capacity,
+    max_logits_rows,
+)
 from llama_runtime.errors import CapacityError
 from llama_runtime.machine import Memory
 from llama_runtime.manifest import Manifest
@@ -60,7 +67,8 @@ class MemoryPlan:
 
         In the largest step attention holds its input and its output for every cell, [B, S], and
         queries, keys and values once more after RoPE; the rest of a layer holds its packed rows,
-        [N], and the head its logits, [R, V].
+        [N], and the head its logits, [R, V]. The sampler holds up to three times the rows that it
+        takes at once.
         """
         g = self.geometry
         queries = g.num_heads * g.head_dim
@@ -69,8 +77,9 @@ class MemoryPlan:
         rows = max(self.max_batch, self.prompt_budget) * (
             qkv + 3 * g.hidden_size + 5 * g.intermediate_size
         )
-        logits = self.max_batch * g.vocab_size
-        step = FLOAT_BYTES * (cells + rows + logits)
+        logits = max_logits_rows(self.max_batch) * g.vocab_size
+        sampler = 3 * min(self.max_batch, SAMPLER_ROWS) * g.vocab_size
+        step = FLOAT_BYTES * (cells + rows + logits + sampler)
         return PROGRAM_BYTES + TOKEN_BYTES * g.vocab_size + int(ARENA_SLACK * step)
 
     @property

@@ -1,70 +1,118 @@
-"""From logits to tokens, in numpy, each row by its own parameters and its own random stream.
-
-The numbers that a sequence draws depend on its seed and the index of the token alone: not on the
-slot, the batch, the neighbours or the step of admission.
+"""From logits to tokens, in numpy: the specification of the compiled sampler.
 
 A row is sampled by inverting the cumulative distribution at one uniform number: over the whole
 vocabulary in order of token ids if no filter is on, else over the kept tokens from the likeliest
-on, equal ones by token id.
+on, equal ones by token id. Everything is computed in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from llama_runtime.contract import MAX_TOP_LOGPROBS
 from llama_runtime.params import SamplingParams
-from llama_runtime.sequence import Sequence
 
 Floats = npt.NDArray[np.floating]
+Int64s = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
 
 # A nucleus is looked for among these many likeliest tokens before the whole row is sorted.
 CANDIDATES = (256, 4096)
 NOT_FINITE = -1  # in place of a token id: the row held no finite maximum
 
 
-def sample(logits: npt.NDArray[np.float32], seqs: Seq[Sequence]) -> npt.NDArray[np.int64]:
-    """The next token of each sequence.
+class Scores(NamedTuple):
+    """Log-probabilities of tokens and of the likeliest ones in their place."""
 
-    Args:
-        logits: [R, V], row i belonging to the i-th sequence; more rows are ignored.
-        seqs: the sequences that the rows belong to.
+    logprobs: npt.NDArray[np.float64]  # [L]
+    top_token_ids: Int64s  # [L, T], likeliest first
+    top_logprobs: npt.NDArray[np.float64]  # [L, T]
 
-    Returns:
-        Token ids [len(seqs)], ``NOT_FINITE`` where a row has a NaN or no finite maximum.
-    """
-    rows = logits[: len(seqs)]
-    likeliest = rows.argmax(axis=1)  # numpy's argmax stops at the first NaN, so a NaN shows here
-    best = rows[np.arange(len(seqs)), likeliest]
-    tokens = np.where(np.isfinite(best), likeliest, NOT_FINITE)
-    for i, seq in enumerate(seqs):
-        if not seq.params.greedy and tokens[i] != NOT_FINITE:
-            number = uniform(seq.seed, 0, seq.num_completion_tokens)
-            tokens[i] = draw(rows[i], seq.params, number)
+
+class Kernels(Protocol):
+    """What a sampler needs to be computed, here or in a graph."""
+
+    def choose(self, logits: Logits, params: Seq[SamplingParams], numbers: Seq[float]) -> Int64s:
+        """See ``Reference.choose``."""
+
+    def score(self, logits: Logits, token_ids: Int64s) -> Scores:
+        """See ``Reference.score``."""
+
+
+class Reference:
+    """The numpy kernels."""
+
+    def choose(self, logits: Logits, params: Seq[SamplingParams], numbers: Seq[float]) -> Int64s:
+        """The next token of each row.
+
+        Args:
+            logits: [R, V].
+            params: of each row; rows of one ``sampling_kind`` lie together.
+            numbers: in [0, 1), one a row; those of greedy rows mean nothing.
+
+        Returns:
+            Token ids [R], ``NOT_FINITE`` where a row has a NaN or no finite maximum.
+        """
+        tokens = likeliest(logits)
+        for i, (of_row, number) in enumerate(zip(params, numbers, strict=True)):
+            if not of_row.greedy and tokens[i] != NOT_FINITE:
+                tokens[i] = draw(logits[i], of_row, number)
+        return tokens
+
+    def score(self, logits: Logits, token_ids: Int64s) -> Scores:
+        """Log-probabilities under the softmax of each row.
+
+        Args:
+            logits: [L, V].
+            token_ids: [L], the tokens whose log-probabilities are wanted.
+        """
+        rows = logits.astype(np.float64)
+        rows -= rows.max(axis=1, keepdims=True)
+        rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+        count = min(MAX_TOP_LOGPROBS, rows.shape[1])
+        top = np.stack([_likeliest(row, count)[:count] for row in logits])
+        chosen = np.take_along_axis(rows, token_ids[:, None], axis=1)[:, 0]
+        return Scores(chosen, top, np.take_along_axis(rows, top, axis=1))
+
+
+def sampling_kind(params: SamplingParams) -> int:
+    """Which branch a row takes: 0 greedy, 1 drawn from the whole vocabulary, 2 filtered."""
+    return 0 if params.greedy else 1 + params.filtered
+
+
+def likeliest(logits: Logits) -> Int64s:
+    """The likeliest token of each row, of equal ones the first; ``NOT_FINITE`` if there is none."""
+    tokens: Int64s = logits.argmax(
+        axis=1
+    )  # numpy's argmax stops at the first NaN, so a NaN shows here
+    best = logits[np.arange(len(logits)), tokens]
+    tokens[~np.isfinite(best)] = NOT_FINITE
     return tokens
 
 
-def uniform(seed: int, sample_index: int, token_index: int) -> float:
+def uniform(seed: int, sample: int, token_index: int) -> float:
     """A number in [0, 1) with 53 bits, from a counter-based stream.
 
     Source: Philox 4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011),
-    keyed by (seed, sample index), at counter (token index + 1, 0, 0, 0), first word, high bits.
+    keyed by (seed, sample), at counter (token index + 1, 0, 0, 0), first word, high bits.
 
     Args:
         seed: the sequence's seed, 0 to 2^64 - 1.
-        sample_index: which of several samples of one prompt, from 0.
+        sample: which of several completions of one prompt, from 0.
         token_index: which token of the completion, from 0.
     """
     # Arrays, because numpy makes floats of a list that mixes numbers above and below 2^63.
-    key = np.array([seed, sample_index], np.uint64)
+    key = np.array([seed, sample], np.uint64)
     counter = np.array([token_index, 0, 0, 0], np.uint64)  # numpy adds 1 before it draws
     stream = np.random.Philox(key=key, counter=counter)
     return float(stream.random_raw() >> 11) * 2.0**-53
 
 
-def draw(logits: npt.NDArray[np.float32], params: SamplingParams, number: float) -> int:
+def draw(logits: Logits, params: SamplingParams, number: float) -> int:
     """The token at ``number`` of the distribution that the parameters make of a row.
 
     Args:
@@ -77,35 +125,38 @@ def draw(logits: npt.NDArray[np.float32], params: SamplingParams, number: float)
     with np.errstate(over="ignore"):
         scaled /= params.temperature
     weights = np.exp(scaled)
-    if not 0 < params.top_k < weights.size and params.top_p >= 1:
+    if not params.filtered:
         return _invert(weights, number)
-    kept = _nucleus(logits, weights, params.top_k, params.top_p)
+    kept = _filter(logits, weights, params)
     return int(kept[_invert(weights[kept], number)])
 
 
-def _nucleus(logits: Floats, weights: Floats, top_k: int, top_p: float) -> npt.NDArray[np.intp]:
-    """Tokens that top_k and then top_p keep, likeliest first.
+def _filter(logits: Logits, weights: Floats, params: SamplingParams) -> npt.NDArray[np.intp]:
+    """The tokens that pass, likeliest first.
 
-    They are ranked by logits, because weights of different ones may be equal after rounding.
-    Tokens as likely as the k-th are kept with it, and the nucleus is the shortest run of
-    likeliest tokens that holds ``top_p`` of what top_k kept: the meaning of ``transformers``.
+    Compared by their logits, because weights may be equal after rounding. Tokens as likely as the
+    k-th are kept with it, the nucleus is the shortest run of likeliest tokens that holds ``top_p``
+    of what top_k kept, and ``min_p`` is of the likeliest: the meaning of ``transformers``.
     """
+    top_k, top_p = params.top_k, params.top_p
+    least = params.min_p * weights.max()
     if 0 < top_k < weights.size:
         order = _likeliest(logits, top_k)
-        if top_p >= 1:
-            return order
         whole = weights[order].sum()
     else:
         whole = weights.sum()
         for count in (*CANDIDATES, logits.size):
             order = _likeliest(logits, count)
-            if weights[order].sum() >= top_p * whole:
+            if weights[order[-1]] < least or (top_p < 1 and weights[order].sum() >= top_p * whole):
                 break
-    cumulative = weights[order].cumsum()
-    return order[: int(np.searchsorted(cumulative, top_p * whole)) + 1]
+    if top_p < 1:
+        cumulative = weights[order].cumsum()
+        order = order[: int(np.searchsorted(cumulative, top_p * whole)) + 1]
+    kept: npt.NDArray[np.intp] = order[weights[order] >= least]
+    return kept
 
 
-def _likeliest(logits: Floats, count: int) -> npt.NDArray[np.intp]:
+def _likeliest(logits: Logits, count: int) -> npt.NDArray[np.intp]:
     """The ``count`` likeliest tokens and all equals of the last, likeliest first."""
     if count >= logits.size:
         return np.argsort(-logits, kind="stable")

@@ -18,6 +18,7 @@ from llama_runtime.contract import (
     MAX_CHUNK,
     MIN_CHUNK,
     last_chunk_start,
+    max_logits_rows,
 )
 from llama_runtime.kv_cache import SlotCache
 from llama_runtime.sequence import Sequence
@@ -39,6 +40,13 @@ class Chunk:
     def samples(self) -> bool:
         """Whether the chunk ends at the newest token, so that the next one is drawn from it."""
         return self.seq.cache_len + self.num_tokens == self.seq.num_tokens
+
+    @property
+    def num_scored(self) -> int:
+        """How many of its first rows score the prompt's next tokens, if that is asked for."""
+        if not self.seq.params.prompt_logprobs:
+            return 0
+        return max(0, min(self.num_tokens, self.seq.num_prompt_tokens - 1 - self.seq.cache_len))
 
 
 class Scheduler:
@@ -91,16 +99,20 @@ class Scheduler:
         """Chunks of the oldest prompts, as many as the budget and the cells of a step hold."""
         chunks: list[Chunk] = []
         budget, width, low, high = self.prompt_budget, 0, self.cache.num_slots, 0
+        logits_rows = max_logits_rows(self.cache.num_slots)
         for seq in self.running:
             if seq.decodes or seq.slot is None:
                 continue
-            num_tokens = next_chunk(
-                seq.cache_len, seq.num_prompt_tokens, min(budget, self.max_chunk)
-            )
+            limit = min(budget, self.max_chunk)
+            if seq.params.prompt_logprobs:
+                limit = min(limit, logits_rows)
+            num_tokens = next_chunk(seq.cache_len, seq.num_prompt_tokens, limit)
             width, low, high = max(width, num_tokens), min(low, seq.slot), max(high, seq.slot)
-            if num_tokens == 0 or (high - low + 1) * width > MAX_CELLS:
+            chunk = Chunk(seq, num_tokens)
+            logits_rows -= chunk.num_scored + chunk.samples
+            if num_tokens == 0 or (high - low + 1) * width > MAX_CELLS or logits_rows < 0:
                 break  # a later prompt must not overtake this one
-            chunks.append(Chunk(seq, num_tokens))
+            chunks.append(chunk)
             budget -= num_tokens
         return chunks
 

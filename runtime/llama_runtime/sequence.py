@@ -7,8 +7,26 @@ from typing import Literal
 
 from llama_runtime.detokenizer import Detokenizer
 from llama_runtime.params import SamplingParams
+from llama_runtime.stop_texts import StopTexts
+from llama_runtime.token_counts import TokenCounts
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely the model itself found a token, before bias, penalties, temperature and filters.
+
+    Attributes:
+        token_id: the token.
+        logprob: the natural logarithm of its probability.
+        top: the likeliest tokens at its place with theirs, likeliest first, as many as were asked
+            for.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -25,9 +43,15 @@ class Sequence:
         params: what the caller asked for.
         seed: key of its random stream.
         detokenizer: turns its completion into text, token by token.
+        stop_texts: holds that text back where it may be the beginning of a stop text.
+        sample: which of the ``n`` completions of a request it is, from 0; the random stream's
+            other key.
         cache_len: tokens whose keys and values are in the cache.
         slot: its row of the cache, None while it waits and after it ended.
         finish_reason: None while it goes on.
+        logprobs: of the completion's tokens, if they are asked for.
+        prompt_logprobs: of the prompt's tokens so far, if they are asked for; None for the first,
+            which nothing precedes.
     """
 
     id: int
@@ -36,9 +60,18 @@ class Sequence:
     params: SamplingParams
     seed: int
     detokenizer: Detokenizer
+    stop_texts: StopTexts = field(default_factory=StopTexts)
+    sample: int = 0
     cache_len: int = 0
     slot: int | None = None
-    finish_reason: FinishReason | None = field(default=None)
+    finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    counts: TokenCounts | None = None
+
+    def __post_init__(self) -> None:
+        if self.params.penalized:
+            self.counts = TokenCounts(self.token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -59,3 +92,9 @@ class Sequence:
     def decodes(self) -> bool:
         """Whether its newest token alone is missing from the cache; also for a prompt of one."""
         return self.cache_len == len(self.token_ids) - 1
+
+    def append(self, token_id: int) -> None:
+        """Add a token to the completion."""
+        self.token_ids.append(token_id)
+        if self.counts is not None:
+            self.counts.add(token_id)

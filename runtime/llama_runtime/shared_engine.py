@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from llama_runtime.engine import Engine, TokenEvent
-from llama_runtime.errors import CaravanError
-from llama_runtime.params import SamplingParams
+from llama_runtime.errors import CaravanError, RequestError
+from llama_runtime.params import SamplingParams, fresh_seed
 from llama_runtime.sequence import Sequence
 
 Inbox = deque[TokenEvent]
@@ -63,19 +63,31 @@ class SharedEngine:
         """Whether the backend has failed, so that nothing can run any more."""
         return self._engine.failure is not None
 
-    def add(self, prompt_token_ids: Seq[int], params: SamplingParams, inbox: Inbox) -> Sequence:
-        """Queue a prompt whose events go to ``inbox``; see ``Engine.add``.
+    def add(
+        self, prompt_token_ids: Seq[int], params: SamplingParams, inbox: Inbox
+    ) -> list[Sequence]:
+        """Queue the ``n`` sequences of a prompt, whose events go to ``inbox``; see ``Engine.add``.
 
         Raises:
             CaravanError: this was closed, or the process is a fork of the one that loaded it.
         """
         self._check_usable()
+        if not isinstance(params, SamplingParams):
+            raise RequestError(
+                f"params must be SamplingParams, not {type(params).__name__}", param="params"
+            )
+        if params.seed is None:  # one for all of them
+            params = replace(params, seed=fresh_seed())
         with self._next():
             self._abort_dropped()
-            seq = self._engine.add(prompt_token_ids, params)
-            self._inboxes[seq.id] = inbox
-            self._stats.prompt_tokens += seq.num_prompt_tokens
-            return seq
+            seqs = [
+                self._engine.add(prompt_token_ids, params, sample=sample)
+                for sample in range(params.n)
+            ]
+            for seq in seqs:
+                self._inboxes[seq.id] = inbox
+                self._stats.prompt_tokens += seq.num_prompt_tokens
+            return seqs
 
     def wait(self, inbox: Inbox) -> None:
         """Step until there is an event in ``inbox``, which is that of a sequence in flight."""

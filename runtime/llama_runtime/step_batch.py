@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from llama_runtime.contract import MAX_CELLS, MAX_ROW_MULTIPLE
+from llama_runtime.contract import MAX_CELLS, MAX_ROW_MULTIPLE, max_logits_rows
 from llama_runtime.scheduler import Chunk
 
 Int64s = npt.NDArray[np.int64]
@@ -24,9 +24,11 @@ class Step:
 
     Attributes:
         first_slot: the slot that the first of the B rows is; the others follow it.
-        num_logits: rows of the logits that are real; the rest pads R.
-        chunks: what the rows are; the i-th real row of the logits belongs to the i-th chunk
+        num_logits: rows of the logits that are sampled from; the i-th belongs to the i-th chunk
             that samples.
+        num_scored: rows after them that score the tokens of prompts, in order of the chunks; what
+            follows pads R.
+        chunks: what the rows are.
     """
 
     input_ids: Int64s  # [N]
@@ -38,6 +40,7 @@ class Step:
     total_sequence_length: Int32s  # []
     first_slot: int
     num_logits: int
+    num_scored: int
     chunks: Seq[Chunk]
 
 
@@ -60,7 +63,7 @@ class StepBatch:
         num_rows = padded(max(num_slots, prompt_budget), row_multiple)
         self._input_ids = np.zeros(num_rows, np.int64)
         self._pack = np.zeros(num_rows, np.int64)
-        self._logits_rows = np.zeros(padded(num_slots, row_multiple), np.int64)
+        self._logits_rows = np.zeros(padded(max_logits_rows(num_slots), row_multiple), np.int64)
         self._unpack = np.zeros(max(num_slots, MAX_CELLS), np.int64)
         self._seqlens_k = np.zeros(num_slots, np.int32)
         self._query_seqlens = np.zeros(num_slots, np.int32)
@@ -86,6 +89,7 @@ class StepBatch:
         seqlens_k.fill(0)
         query_seqlens.fill(0)
         row = num_logits = 0
+        scored: list[int] = []
         for chunk, slot in zip(chunks, slots, strict=True):
             seq, count, start = chunk.seq, chunk.num_tokens, chunk.seq.cache_len
             slot -= first
@@ -98,12 +102,14 @@ class StepBatch:
             if chunk.samples:
                 self._logits_rows[num_logits] = end - 1
                 num_logits += 1
+            scored += range(row, row + chunk.num_scored)
             row = end
         num_rows = padded(row, self._row_multiple)
-        num_heads = padded(num_logits, self._row_multiple)
+        self._logits_rows[num_logits : num_logits + len(scored)] = scored
+        num_heads = padded(num_logits + len(scored), self._row_multiple)
         self._input_ids[row:num_rows] = self._input_ids[0]
         self._pack[row:num_rows] = self._pack[0]
-        self._logits_rows[num_logits:num_heads] = 0
+        self._logits_rows[num_logits + len(scored) : num_heads] = 0
         self._total[...] = seqlens_k.max() + 1
         return Step(
             input_ids=self._input_ids[:num_rows],
@@ -115,6 +121,7 @@ class StepBatch:
             total_sequence_length=self._total,
             first_slot=first,
             num_logits=num_logits,
+            num_scored=len(scored),
             chunks=chunks,
         )
 

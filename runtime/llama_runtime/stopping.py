@@ -15,10 +15,20 @@ def finish_reason(seq: Sequence, eos_token_ids: Collection[int]) -> FinishReason
         eos_token_ids: every end token of the model (Llama 3 has several).
     """
     newest = seq.token_ids[-1]
-    if newest in seq.params.stop_token_ids:
-        return "stop"
-    if newest in eos_token_ids and not seq.params.ignore_eos:
+    if newest in end_token_ids(seq, eos_token_ids) and reached_min_tokens(seq):
         return "stop"
     if seq.num_completion_tokens >= seq.params.max_tokens:
         return "length"
     return None
+
+
+def end_token_ids(seq: Sequence, eos_token_ids: Collection[int]) -> Collection[int]:
+    """The tokens that end this sequence."""
+    if seq.params.ignore_eos:
+        return seq.params.stop_token_ids
+    return seq.params.stop_token_ids.union(eos_token_ids)
+
+
+def reached_min_tokens(seq: Sequence) -> bool:
+    """Whether the newest token may be the last one."""
+    return seq.num_completion_tokens > seq.params.min_tokens

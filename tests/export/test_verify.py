@@ -62,6 +62,8 @@ class Stub:
         padding = np.full((len(step.logits_rows) - len(self._logits), 3), 1e9, np.float32)
         return np.concatenate([self._logits, padding])
 
+    def clean(self, slot: int, num_tokens: int) -> None: ...
+
     def close(self) -> None: ...
 
     def __call__(self, *inputs: Any) -> tuple[torch.Tensor, Any]:

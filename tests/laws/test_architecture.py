@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from llama_runtime.contract import DIALECTS, LOGITS, Dialect, TensorSpec
+from llama_runtime.contract import (
+    DIALECTS,
+    LOGITS,
+    SAMPLER_INPUTS,
+    SAMPLER_OUTPUTS,
+    Dialect,
+    TensorSpec,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -30,6 +37,11 @@ def test_contract_table_is_the_contract_module(dialect: Dialect) -> None:
     specs = (*dialect.inputs, *dialect.cache_inputs(1), LOGITS, *dialect.cache_outputs(1))
     rows = between(f"contract: {dialect.name}").splitlines()[2:]
     assert rows == [row(spec) for spec in specs]
+
+
+def test_sampler_table_is_the_contract_module() -> None:
+    rows = between("contract: sampler").splitlines()[2:]
+    assert rows == [row(spec) for spec in (*SAMPLER_INPUTS, *SAMPLER_OUTPUTS)]
 
 
 def test_layers_are_those_that_import_linter_enforces() -> None:

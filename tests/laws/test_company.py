@@ -62,6 +62,9 @@ class Recorded:
             self.rows.setdefault(sequence_id, []).append(digest)
         return logits
 
+    def clean(self, slot: int, num_tokens: int) -> None:
+        self._backend.clean(slot, num_tokens)
+
     def close(self) -> None:
         self._backend.close()
 

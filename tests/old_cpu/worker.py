@@ -136,6 +136,9 @@ class Recorded:
         self.one_row_steps += sum(chunk.num_tokens for chunk in step.chunks) == 1
         return logits
 
+    def clean(self, slot: int, num_tokens: int) -> None:
+        self.backend.clean(slot, num_tokens)
+
     def close(self) -> None:
         self.backend.close()
 

@@ -23,6 +23,7 @@ from llama_runtime.bundle import (
 )
 from llama_runtime.contract import Geometry
 from llama_runtime.llm import LLM
+from llama_runtime.sampling import Reference
 
 FAKE_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('no such role') }}"
@@ -45,6 +46,7 @@ FAKE_LLAMA_RUN = """
 import sys, time
 from llama_runtime import loading
 from llama_runtime.backends.fake import Fake
+from llama_runtime.sampling import Reference
 
 class SlowFake(Fake):
     def run(self, step):
@@ -52,6 +54,7 @@ class SlowFake(Fake):
         return super().run(step)
 
 loading.open_session = lambda graph, threads: None
+loading.OrtSampler = lambda *_: Reference()
 loading.OrtCpu = lambda session, geometry, *, num_slots, capacity: SlowFake(
     num_slots, capacity, geometry.vocab_size
 )
@@ -75,6 +78,7 @@ def write_fake_bundle(root: Path, *, chat: bool = True, **generation: Any) -> Pa
     config = {"eos_token_id": [257, *range(15)], **generation}
     (root / "generation_config.json").write_text(json.dumps(config))
     (root / "decoder.onnx").write_bytes(b"")
+    (root / "sampler.onnx").write_bytes(b"")
     if chat:
         (root / "chat_template.jinja").write_text(FAKE_TEMPLATE)
     manifest = Manifest(
@@ -83,7 +87,10 @@ def write_fake_bundle(root: Path, *, chat: bool = True, **generation: Any) -> Pa
         source=Source("gguf", "fake.gguf", "0" * 64),
         licence=Licence("apache-2.0", ()),
         geometry=FAKE_GEOMETRY,
-        graphs=(Graph("slots", "fp32", "decoder.onnx"),),
+        graphs=(
+            Graph("slots", "fp32", "decoder.onnx"),
+            Graph("sampler", "fp32", "sampler.onnx"),
+        ),
         special_tokens={"eos_token": "<|im_end|>"},
         verification={"greedy": {"agreement": 1.0}, "max_logit_difference": 2e-5},
         files=describe_files(root),
@@ -114,6 +121,7 @@ def fake_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(loading, "open_session", lambda *_: None)
     monkeypatch.setattr(loading, "OrtCpu", make)
+    monkeypatch.setattr(loading, "OrtSampler", lambda *_: Reference())
 
 
 @pytest.fixture

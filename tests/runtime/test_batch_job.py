@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,9 @@ def test_results_come_in_the_order_of_the_rows_whatever_ends_first(
 ) -> None:
     ended: list[int] = []
 
-    def count(self: Tally, row: Row, completion: Completion) -> None:
+    def count(self: Tally, row: Row, completions: Seq[Completion]) -> None:
         ended.append(row.index)
-        counted(self, row, completion)
+        counted(self, row, completions)
 
     counted = Tally.count
     monkeypatch.setattr(Tally, "count", count)

@@ -186,6 +186,20 @@ WRONG_USES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         "is the prompts file",
     ),
     "empty prompt": (lambda _: ["generate", ""], "the prompt is empty"),
+    "bias without a number": (
+        lambda _: ["generate", "a", "--logit-bias", "5"],
+        "--logit-bias must be ID=X, such as 42=-100, not '5'",
+    ),
+    "bias out of range": (lambda _: ["generate", "a", "--logit-bias", "5=101"], "-100 to 100"),
+    "bias beyond the vocabulary": (
+        lambda _: ["generate", "a", "--logit-bias", "258=1"],
+        "logit_bias: token ids must lie in 0 to 257",
+    ),
+    "empty stop": (lambda _: ["generate", "a", "--stop", ""], "stop must hold texts of 1 to 256"),
+    "logprobs without JSON": (
+        lambda _: ["generate", "a", "--logprobs"],
+        "log-probabilities need --json",
+    ),
     "long prompt": (lambda _: ["generate", "x" * 700], "over the model's limit 512"),
 }
 
@@ -210,6 +224,14 @@ def test_wrong_use_is_one_sentence_and_status_2(
 NO_NUMBERS = ("", "nan", "inf", "-inf", "1e999", "many", "0x10", "1;2")
 OUT_OF_RANGE = {
     "--max-tokens": ("-1", "0", "1.5", "2147483648", "9" * 30),
+    "--min-tokens": ("-1", "257", "1.5"),
+    "--stop-token-id": ("-1", "1.5", "9" * 30),
+    "--min-p": ("-1", "-1e-9", "1.0000001"),
+    "--repetition-penalty": ("-1", "0", "100.1"),
+    "--presence-penalty": ("-2.1", "2.1"),
+    "--frequency-penalty": ("-2.1", "2.1"),
+    "-n": ("-1", "0", "1.5", "129"),
+    "--top-logprobs": ("-1", "1.5", "1", "21"),
     "--temperature": ("-1", "-1e-9", "100.1", "9" * 30),
     "--top-p": ("-1", "0", "1e-400", "1.0000001", "2"),
     "--top-k": ("-1", "1.5", "2147483648"),

@@ -20,7 +20,9 @@ FAKE = """
 import sys
 from llama_runtime import loading
 from llama_runtime.backends.fake import Fake
+from llama_runtime.sampling import Reference
 loading.open_session = lambda graph, threads: None
+loading.OrtSampler = lambda *_: Reference()
 loading.OrtCpu = lambda session, geometry, *, num_slots, capacity: Fake(
     num_slots, capacity, geometry.vocab_size
 )

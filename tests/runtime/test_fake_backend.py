@@ -42,6 +42,7 @@ def step(rows: dict[int, tuple[int, list[int]]], num_slots: int = 3, **changes: 
             **arrays,
             "first_slot": 0,
             "num_logits": len(input_ids),
+            "num_scored": 0,
             "chunks": [],
             **changes,
         }

@@ -15,21 +15,52 @@ from llama_runtime.params import DRAWN_SEED_BITS, MAX_SEED, SamplingParams, fres
 NAN, INF = float("nan"), float("inf")
 IN_RANGE: dict[str, list[Any]] = {
     "max_tokens": [1, 2**31 - 1],
+    "min_tokens": [0, 1, 256],
     "temperature": [0, 0.0, 1, 5e-324, 0.7, 100.0],
     "top_k": [0, 1, 2**31 - 1],
     "top_p": [5e-324, 0.9, 1, 1.0],
+    "min_p": [0, 0.0, 5e-324, 0.05, 1],
+    "repetition_penalty": [0.01, 1, 1.3, 100],
+    "presence_penalty": [-2, 0, 0.5, 2.0],
+    "frequency_penalty": [-2.0, 0, 2],
+    "logit_bias": [{}, {0: -100}, {2**31 - 1: 1.5, 3: 100}, dict.fromkeys(range(1024), 1)],
     "seed": [None, 0, 2**53, MAX_SEED],
+    "n": [1, 2, 128],
+    "stop": ["a", (), [], ["x" * 256], ("a", "b"), ["\N{SNOWMAN}"] * 16],
+    "include_stop": [True, False],
     "stop_token_ids": [[], [0, 5], (7,), {1, 2}, frozenset({2**31 - 1}), iter([3])],
     "ignore_eos": [True, False],
+    "logprobs": [True, False],
+    "top_logprobs": [0, 1, 20],
+    "prompt_logprobs": [True, False],
 }
 OUT_OF_RANGE: dict[str, list[Any]] = {
+    "min_tokens": [-1, 257, True, 1.0, NAN, INF, "1", None],
     "max_tokens": [0, -1, 2**31, 10**400, True, 1.0, 1.5, NAN, INF, "1", None, [1]],
     "temperature": [-0.1, -5e-324, 100.1, NAN, INF, -INF, 10**400, True, "0.7", None, [0.7], 1j],
     "top_k": [-1, 2**31, False, True, 1.0, NAN, INF, "1", None],
     "top_p": [0, 0.0, -0.1, 1.0000001, 2, NAN, INF, -INF, 10**400, True, "0.9", None],
+    "min_p": [-5e-324, 1.0000001, 2, NAN, INF, -INF, 10**400, True, "0.1", None],
+    "repetition_penalty": [0, 0.0, -1, 100.1, NAN, INF, True, "1", None],
+    "presence_penalty": [-2.1, 2.1, NAN, INF, -INF, True, "1", None],
+    "frequency_penalty": [-2.1, 2.1, NAN, INF, -INF, True, "1", None],
+    "logit_bias": [
+        *(None, 5, "5", [(1, 2)], {-1: 1}, {2**31: 1}, {True: 1}, {"1": 1}, {1.0: 1}),
+        *({1: 100.1}, {1: -101}, {1: NAN}, {1: INF}, {1: True}, {1: "1"}, {1: None}),
+        dict.fromkeys(range(1025), 1),
+    ],
+    "n": [0, -1, 129, True, 1.0, NAN, "1", None],
+    "stop": [
+        *(None, 5, b"a", "", "x" * 257, [""], [5], [None], {"a": 1}, {"a"}, iter(["a"])),
+        *(["a"] * 17, "\ud800", ["ok", "\udc00"]),
+    ],
+    "include_stop": [0, 1, None, "true", NAN],
     "seed": [-1, MAX_SEED + 1, True, 1.0, NAN, INF, "1"],
     "stop_token_ids": [5, None, 1.5, True, "2", [True], [-1], [2**31], [1.0], [None], [[1]]],
     "ignore_eos": [0, 1, None, "true", NAN],
+    "logprobs": [0, 1, None, "true", 5],
+    "top_logprobs": [-1, 21, True, 1.0, NAN, "1", None],
+    "prompt_logprobs": [0, 1, None, "true", 5],
 }
 
 
@@ -52,7 +83,10 @@ def test_values_in_range_are_taken(name: str, value: Any) -> None:
     if name == "stop_token_ids":
         value = list(value)
         expected = frozenset(value)
-    assert getattr(SamplingParams(**{name: value}), name) == expected
+    if name == "stop":
+        expected = (value,) if isinstance(value, str) else tuple(value)
+    needs: dict[str, Any] = {"logprobs": True} if name == "top_logprobs" else {}
+    assert getattr(SamplingParams(**{name: value}, **needs), name) == expected
 
 
 @pytest.mark.parametrize(("name", "value"), cases(OUT_OF_RANGE))

@@ -17,7 +17,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from llama_runtime.detokenizer import Detokenizer, TokenBytes
 from llama_runtime.params import MAX_SEED, SamplingParams
-from llama_runtime.sampling import NOT_FINITE, draw, sample, uniform
+from llama_runtime.sampling import NOT_FINITE, Reference, draw, likeliest, uniform
 from llama_runtime.sequence import Sequence
 
 Row = npt.NDArray[np.float32]
@@ -42,7 +42,7 @@ def naive(row: Row, params: SamplingParams) -> list[tuple[int, float]]:
     best = max(map(float, row))
     weights = [math.exp((float(logit) - best) / params.temperature) for logit in row]
     ranked = list(range(row.size))
-    if 0 < params.top_k < row.size or params.top_p < 1:
+    if params.filtered:
         ranked.sort(key=lambda token: (-row[token], token))
     if 0 < params.top_k < row.size:
         last = row[ranked[params.top_k - 1]]
@@ -122,9 +122,8 @@ def test_the_distribution_is_that_of_transformers(
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
     assume(top_p == 1 or not at_the_edge_of_a_nucleus(row, params))
     expected = warped(row, params)
-    filtered = top_p < 1 or 0 < top_k < row.size
     order = np.flatnonzero(expected)
-    if filtered:
+    if params.filtered:
         order = order[np.argsort(-row[order], kind="stable")]
     edges = np.cumsum(expected[order])
     starts = edges - expected[order]
@@ -342,63 +341,57 @@ def test_neighbours_of_a_stream_draw_unrelated_numbers() -> None:
     assert len({number for stream in streams.values() for number in stream}) > 4 * len(at)
 
 
-# --- sample -------------------------------------------------------------------------------------
+# --- rows ---------------------------------------------------------------------------------------
 
 
-def test_each_row_is_sampled_by_its_own_parameters_and_stream() -> None:
-    logits = np.random.default_rng(0).normal(size=(8, 50)).astype(np.float32)
-    seqs = [
-        sequence(
-            SamplingParams(temperature=0.0 if i == 2 else 0.9, top_k=i),
-            seed=i,
-            num_completion_tokens=i,
-        )
+def test_each_row_is_chosen_by_its_own_parameters_and_number() -> None:
+    logits = np.random.default_rng(0).normal(size=(6, 50)).astype(np.float32)
+    params = [
+        SamplingParams(temperature=0.9, top_k=i) if i != 2 else SamplingParams() for i in range(6)
+    ]
+    numbers = [uniform(i, 0, i) for i in range(6)]
+    expected = [
+        int(logits[i].argmax()) if i == 2 else draw(logits[i], params[i], numbers[i])
         for i in range(6)
     ]
-    expected = [
-        int(logits[i].argmax()) if i == 2 else draw(logits[i], seq.params, uniform(i, 0, i))
-        for i, seq in enumerate(seqs)
-    ]
-    assert sample(logits, seqs).tolist() == expected  # and rows 6 and 7 are padding
-    for i, seq in enumerate(seqs):
-        assert sample(logits[i : i + 1], [seq]).tolist() == [expected[i]]
-    assert sample(logits[5::-1].copy(), seqs[::-1]).tolist() == expected[::-1]
+    assert Reference().choose(logits, params, numbers).tolist() == expected
 
 
-def test_no_sequences_give_no_tokens() -> None:
-    assert sample(np.zeros((0, 9), np.float32), []).tolist() == []
-    assert sample(np.zeros((4, 9), np.float32), []).tolist() == []
-
-
-def test_greedy_takes_the_first_of_the_likeliest() -> None:
+def test_the_likeliest_is_the_first_of_equals() -> None:
     logits = np.array(
         [[0, 3, 3, -1], [-np.inf, -np.inf, -5, -np.inf], [1e30, 0, 1e30, 0]], np.float32
     )
-    assert sample(logits, [sequence(SamplingParams())] * 3).tolist() == [1, 2, 0]
+    assert likeliest(logits).tolist() == [1, 2, 0]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_rows_without_a_finite_maximum_are_not_sampled(temperature: float) -> None:
-    nan, inf = np.nan, np.inf
-    logits = np.array(
-        [
-            [0, nan, 1],
-            [nan, 0, 1],
-            [0, 1, nan],
-            [nan, nan, nan],
-            [0, inf, 1],
-            [inf, nan, 0],
-            [inf, inf, inf],
-            [-inf, -inf, -inf],
-            [-inf, nan, -inf],
-            [-inf, 5, -inf],
-        ],
-        np.float32,
-    )
-    seqs = [sequence(SamplingParams(temperature=temperature))] * len(logits)
-    assert sample(logits, seqs).tolist() == [NOT_FINITE] * 9 + [1]
+NAN, INF = np.nan, np.inf
+UNUSABLE = [
+    [0, NAN, 1],
+    [NAN, 0, 1],
+    [0, 1, NAN],
+    [NAN, NAN, NAN],
+    [0, INF, 1],
+    [INF, NAN, 0],
+    [INF, INF, INF],
+    [-INF, -INF, -INF],
+    [-INF, NAN, -INF],
+]
 
 
-def test_padding_rows_may_hold_anything() -> None:
-    logits = np.array([[0, 1], [np.nan, np.nan]], np.float32)
-    assert sample(logits, [sequence(SamplingParams())]).tolist() == [1]
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.8}, {"temperature": 0.8, "top_p": 0.9}])
+def test_rows_without_a_finite_maximum_are_not_chosen_from(params: dict[str, float]) -> None:
+    logits = np.array([*UNUSABLE, [-INF, 5, -INF]], np.float32)
+    rows = [SamplingParams(**params)] * len(logits)  # type: ignore[arg-type]
+    chosen = Reference().choose(logits, rows, [0.5] * len(logits))
+    assert chosen.tolist() == [NOT_FINITE] * len(UNUSABLE) + [1]
+
+
+def test_scores_are_the_log_softmax_of_torch() -> None:
+    logits = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32) * 5
+    token_ids = np.array([0, 39, 7, 7, 20])
+    expected = torch.from_numpy(logits.astype(np.float64)).log_softmax(-1)
+    scores = Reference().score(logits, token_ids)
+    assert scores.logprobs == pytest.approx(expected[range(5), token_ids].numpy())
+    top = expected.topk(20)
+    assert scores.top_token_ids.tolist() == top.indices.tolist()
+    assert scores.top_logprobs == pytest.approx(top.values.numpy())

@@ -27,5 +27,11 @@ class Backend(Protocol):
             BackendError: the step failed, and the cache can't be trusted any more.
         """
 
+    def clean(self, slot: int, num_tokens: int) -> None:
+        """Zero the first tokens of a slot, before it changes hands after a fault.
+
+        What isn't a number stays none when it is multiplied by 0, so attention must not meet it.
+        """
+
     def close(self) -> None:
         """Give back what the backend holds; it can't run afterwards."""

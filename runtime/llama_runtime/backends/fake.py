@@ -57,6 +57,10 @@ class Fake:
         logits: npt.NDArray[np.float32] = self._noise[starts[:, None] + np.arange(self._vocab_size)]
         return logits
 
+    def clean(self, slot: int, num_tokens: int) -> None:
+        """See ``Backend.clean``."""
+        self._cache[slot, :num_tokens] = -1
+
     def close(self) -> None:
         """See ``Backend.close``."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_runtime.backends.row_probe import PROBE_CAPACITY, PROBE_SLOTS, least_row_multiple
-from llama_runtime.contract import LOGITS, MAX_ROW_MULTIPLE, SLOTS, Geometry
+from llama_runtime.contract import (
+    LOGITS,
+    MAX_ROW_MULTIPLE,
+    SLOTS,
+    Geometry,
+    TensorSpec,
+    max_logits_rows,
+)
 from llama_runtime.errors import BackendError, DependencyError
 from llama_runtime.graph_file import check_graph
 from llama_runtime.kv_cache import cache_buffers
@@ -27,7 +36,13 @@ DISTRIBUTIONS = (
     "onnxruntime-openvino",
     "onnxruntime-qnn",
 )
-_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "int32": "tensor(int32)"}
+_TYPES = {
+    "float32": "tensor(float)",
+    "float64": "tensor(double)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+    "bool": "tensor(bool)",
+}
 
 
 class OrtCpu:
@@ -59,7 +74,7 @@ class OrtCpu:
         self._session = session
         self._binding = self._session.io_binding()
         self._bound_slots: tuple[int, int] | None = None
-        rows = padded(num_slots, MAX_ROW_MULTIPLE)
+        rows = padded(max_logits_rows(num_slots), MAX_ROW_MULTIPLE)
         self._logits = np.zeros((rows, geometry.vocab_size), np.float32)
         self._cache = cache_buffers(geometry, num_slots, capacity)
         inputs = SLOTS.cache_inputs(geometry.num_layers)
@@ -86,6 +101,11 @@ class OrtCpu:
                 _bind(self._binding.bind_input, past, buffer[first:end])
                 _bind(self._binding.bind_output, present, buffer[first:end])
             self._bound_slots = (first, end)
+
+    def clean(self, slot: int, num_tokens: int) -> None:
+        """See ``Backend.clean``."""
+        for buffer in self._cache:
+            buffer[slot, :, :num_tokens] = 0
 
     def close(self) -> None:
         """See ``Backend.close``."""
@@ -114,6 +134,8 @@ def open_session(graph: Path, threads: int) -> Any:
     options.inter_op_num_threads = 1
     if threads > default_threads():  # waiting threads that spin would take the working ones' time
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # The decoder's threads would go on spinning while those of the sampler work.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 4  # what goes wrong is raised; its own lines would say it twice
     try:
         return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -122,10 +144,26 @@ def open_session(graph: Path, threads: int) -> Any:
 
 
 def _check_contract(session: Any, geometry: Geometry) -> None:
-    """Compare what the graph takes and gives with the contract, before anything is allocated."""
     sizes = {"K": geometry.num_kv_heads, "D": geometry.head_dim, "V": geometry.vocab_size}
     inputs = (*SLOTS.inputs, *SLOTS.cache_inputs(geometry.num_layers))
     outputs = (LOGITS, *SLOTS.cache_outputs(geometry.num_layers))
+    check_signature(session, inputs, outputs, sizes)
+
+
+def check_signature(
+    session: Any, inputs: Seq[TensorSpec], outputs: Seq[TensorSpec], sizes: Mapping[str, int]
+) -> None:
+    """Compare what a graph takes and gives with the contract, before anything is allocated.
+
+    Args:
+        session: of ``open_session``.
+        inputs: what it must take.
+        outputs: what it must give.
+        sizes: of the axes that have one, by letter.
+
+    Raises:
+        BackendError: it is another graph.
+    """
     for values, specs in ((session.get_inputs(), inputs), (session.get_outputs(), outputs)):
         has = {
             value.name: (value.type, [n if isinstance(n, int) else None for n in value.shape])

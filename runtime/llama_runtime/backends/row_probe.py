@@ -61,6 +61,7 @@ def first_tokens(num_rows: int, vocab_size: int) -> Step:
         total_sequence_length=np.array(1, np.int32),
         first_slot=0,
         num_logits=num_rows,
+        num_scored=0,
         chunks=(),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from llama_runtime.batch.recipe import Recipe
@@ -35,14 +36,15 @@ class Tally:
     completion_tokens: int = 0
     first_error: tuple[int, str] | None = None
 
-    def count(self, row: Row, completion: Completion) -> None:
+    def count(self, row: Row, completions: Seq[Completion]) -> None:
         """Add one row that ended."""
         self.rows += 1
-        self.prompt_tokens += completion.num_prompt_tokens
-        self.completion_tokens += len(completion.token_ids)
-        if completion.finish_reason == "error":
+        self.prompt_tokens += completions[0].num_prompt_tokens
+        self.completion_tokens += sum(len(completion.token_ids) for completion in completions)
+        errors = [c.error for c in completions if c.finish_reason == "error"]
+        if errors:
             self.failed += 1
-            self.first_error = self.first_error or (row.index, str(completion.error))
+            self.first_error = self.first_error or (row.index, str(errors[0]))
 
 
 class Job:
@@ -63,7 +65,7 @@ class Job:
         self._recipe = recipe
         self._in_order = InOrder(results.write)
         self._max_waiting = WAITING_PER_SLOT * llm.max_batch
-        self._in_flight: dict[int, tuple[Row, Request]] = {}
+        self._in_flight: dict[int, tuple[Row, Request, list[Completion]]] = {}
 
     def run(self, rows: Rows) -> None:
         """Run all rows and write a line for each.
@@ -73,8 +75,13 @@ class Job:
             CaravanError: the results can't be written.
         """
         for number, completion in self._llm.run(self._requests(rows)):
-            row, request = self._in_flight.pop(number)
-            self._finish(row, completion, request.params.seed)
+            row, request, completions = self._in_flight[number]
+            completions.append(completion)
+            # A request that could not be added has one completion, which never became a prompt.
+            if len(completions) == request.params.n or not completion.num_prompt_tokens:
+                del self._in_flight[number]
+                completions.sort(key=lambda completion: completion.sample)
+                self._finish(row, completions, request.params.seed)
 
     def _requests(self, rows: Rows) -> Iterator[Request | None]:
         """The requests of the rows that can run; None while no further one should begin."""
@@ -88,15 +95,15 @@ class Job:
             try:
                 request = self._recipe.request(row)
             except RequestError as error:
-                self._finish(row, Completion("", [], "error", error=error), None)
+                self._finish(row, [Completion("", [], "error", error=error)], None)
                 continue
-            self._in_flight[drawn] = row, request
+            self._in_flight[drawn] = row, request, []
             drawn += 1
             yield request
 
     def _has_room(self) -> bool:
         return self._in_order.num_waiting < self._max_waiting
 
-    def _finish(self, row: Row, completion: Completion, seed: int | None) -> None:
-        self.tally.count(row, completion)
-        self._in_order.add(row.index, result_line(row, completion, seed))
+    def _finish(self, row: Row, completions: Seq[Completion], seed: int | None) -> None:
+        self.tally.count(row, completions)
+        self._in_order.add(row.index, result_line(row, completions, seed))

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,30 +15,50 @@ from llama_runtime.batch.rows import Row, Source
 from llama_runtime.completion import Completion
 from llama_runtime.errors import CaravanError, RequestError
 from llama_runtime.interrupts import Held
+from llama_runtime.sequence import TokenLogprob
 
 
-def result_line(row: Row, completion: Completion, seed: int | None) -> bytes:
+def result_line(row: Row, completions: Seq[Completion], seed: int | None) -> bytes:
     """One line of the output: UTF-8 JSON and a line end.
 
     Args:
         row: what was asked.
-        completion: what became of it.
-        seed: the random stream that was used, or would have been; None if it never got one.
+        completions: what became of it, one or all ``n``.
+        seed: the random stream that would have been used; None takes the first completion's.
     """
-    record = {
-        "index": row.index,
-        "prompt": row.prompt,
+    first = completions[0]
+    samples = [_sample(completion) for completion in completions]
+    record: dict[str, object] = {"index": row.index, "prompt": row.prompt}
+    record |= samples[0] if len(samples) == 1 else {"samples": samples}
+    if first.prompt_logprobs is not None:
+        record["prompt_logprobs"] = [item and _logprob(item) for item in first.prompt_logprobs]
+    record["usage"] = {
+        "prompt_tokens": first.num_prompt_tokens,
+        "completion_tokens": sum(len(completion.token_ids) for completion in completions),
+    }
+    record["seed"] = first.seed if seed is None else seed
+    errors = [str(completion.error) for completion in completions if completion.error is not None]
+    record["error"] = errors[0] if errors else None
+    return json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
+
+
+def _sample(completion: Completion) -> dict[str, object]:
+    """What belongs to one completion; what wasn't asked for is left out."""
+    record: dict[str, object] = {
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
-        "usage": {
-            "prompt_tokens": completion.num_prompt_tokens,
-            "completion_tokens": len(completion.token_ids),
-        },
-        "seed": seed,
-        "error": None if completion.error is None else str(completion.error),
     }
-    return json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
+    if completion.stop_text is not None:
+        record["stop_text"] = completion.stop_text
+    if completion.logprobs is not None:
+        record["logprobs"] = [_logprob(item) for item in completion.logprobs]
+    return record
+
+
+def _logprob(item: TokenLogprob) -> dict[str, object]:
+    top = [{"token_id": token_id, "logprob": logprob} for token_id, logprob in item.top]
+    return {"token_id": item.token_id, "logprob": item.logprob} | ({"top": top} if top else {})
 
 
 class InOrder:

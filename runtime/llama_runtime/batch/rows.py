@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 from llama_runtime.batch.lines import Line, LineReader
 from llama_runtime.errors import RequestError
+from llama_runtime.params import OPTIONS
 
-OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "seed")
 MAX_NESTING = 32  # of lists and objects in messages
 _KEYS = ("prompt", "messages", *OPTIONS)
 
@@ -167,7 +167,14 @@ def _parse_json(index: int, line: Line) -> Row:
         _check_keys(given, line)
     except RequestError as error:
         return Row(index, prompt, error=error)
-    return Row(index, prompt, {key: given[key] for key in OPTIONS if key in given})
+    options = {key: given[key] for key in OPTIONS if key in given}
+    if isinstance(bias := options.get("logit_bias"), dict):  # keys of JSON are texts
+        options["logit_bias"] = {_token_id(key): value for key, value in bias.items()}
+    return Row(index, prompt, options)
+
+
+def _token_id(key: str) -> int | str:
+    return int(key) if key.isascii() and key.isdecimal() and len(key) < 20 else key
 
 
 def _load(line: Line) -> dict[str, Any]:

@@ -1,0 +1,178 @@
+"""The options that several commands of ``llama-run`` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llama_runtime.errors import RequestError
+
+bundle_option = click.option(
+    "--bundle",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    default=Path("bundle"),
+    show_default=True,
+    envvar="LLAMA_RUN_BUNDLE",
+    show_envvar=True,
+    help="The bundle's directory.",
+)
+
+_LENGTH = [
+    click.option(
+        "--max-tokens",
+        metavar="N",
+        type=int,
+        help="The most tokens of a completion.  [default: 256]",
+    ),
+    click.option(
+        "--min-tokens", metavar="N", type=int, help="Tokens before it may end.  [default: 0]"
+    ),
+    click.option(
+        "--stop",
+        metavar="TEXT",
+        multiple=True,
+        help="End where this text appears; may be given up to 16 times.",
+    ),
+    click.option("--include-stop", is_flag=True, default=None, help="Show the stop text as well."),
+    click.option(
+        "--stop-token-id",
+        "stop_token_ids",
+        metavar="ID",
+        type=int,
+        multiple=True,
+        help="End at this token too; may be given several times.",
+    ),
+    click.option(
+        "--ignore-eos", is_flag=True, default=None, help="Go on past the model's end tokens."
+    ),
+]
+_SAMPLING = [
+    click.option(
+        "--temperature",
+        metavar="X",
+        type=float,
+        help="0 takes the likeliest token; higher is more varied.  [default: the bundle's]",
+    ),
+    click.option(
+        "--top-p",
+        metavar="X",
+        type=float,
+        help="Sample among the likeliest tokens that together hold this probability; 1 turns "
+        "it off.  [default: the bundle's]",
+    ),
+    click.option(
+        "--top-k",
+        metavar="N",
+        type=int,
+        help="Sample among the k likeliest tokens; 0 turns it off.  [default: the bundle's]",
+    ),
+    click.option(
+        "--min-p",
+        metavar="X",
+        type=float,
+        help="Sample among the tokens at least this many times as likely as the likeliest.  "
+        "[default: the bundle's]",
+    ),
+    click.option(
+        "--repetition-penalty",
+        metavar="X",
+        type=float,
+        help="Above 1, make tokens of the prompt and the completion less likely.  "
+        "[default: the bundle's]",
+    ),
+    click.option(
+        "--presence-penalty",
+        metavar="X",
+        type=float,
+        help="Taken off the logits of tokens that the completion holds, -2 to 2.  [default: 0]",
+    ),
+    click.option(
+        "--frequency-penalty",
+        metavar="X",
+        type=float,
+        help="The same, times how often it holds them.  [default: 0]",
+    ),
+    click.option(
+        "--logit-bias",
+        metavar="ID=X",
+        multiple=True,
+        help="Add X, -100 to 100, to a token's logit; may be given several times.",
+    ),
+    click.option(
+        "--seed",
+        metavar="N",
+        type=int,
+        help="Draw the same random numbers again.  [default: a fresh one]",
+    ),
+    click.option("-n", "n", metavar="N", type=int, help="Completions a prompt.  [default: 1]"),
+]
+_SCORES = [
+    click.option(
+        "--logprobs",
+        is_flag=True,
+        default=None,
+        help="Report each token's log-probability under the model itself.",
+    ),
+    click.option(
+        "--top-logprobs",
+        metavar="N",
+        type=int,
+        help="And those of the N likeliest tokens at its place, up to 20.",
+    ),
+    click.option(
+        "--prompt-logprobs", is_flag=True, default=None, help="Report those of the prompt."
+    ),
+]
+
+
+def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how prompts are continued."""
+    options = [
+        bundle_option,
+        click.option(
+            "--chat/--no-chat",
+            default=None,
+            help="Give each prompt as a user's message, laid out by the bundle's chat template; "
+            "or as raw text.  [default: as chat if there is a template]",
+        ),
+        *_LENGTH,
+        *_SAMPLING,
+        *_SCORES,
+        click.option(
+            "--threads",
+            metavar="N",
+            type=click.IntRange(min=1),
+            help="Threads of the kernels.  [default: the processors this process may use]",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the user gave, by the names of ``SamplingParams``.
+
+    So the bundle's own stay where there are none.
+
+    Raises:
+        RequestError: a bias is not a token id and a number.
+    """
+    found = {name: value for name, value in options.items() if value not in (None, ())}
+    if "logit_bias" in found:
+        found["logit_bias"] = dict(map(_bias, found["logit_bias"]))
+    return found
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token_id, _, value = text.partition("=")
+    try:
+        return int(token_id), float(value)
+    except ValueError:
+        raise RequestError(
+            f"--logit-bias must be ID=X, such as 42=-100, not {text!r:.80}", param="logit_bias"
+        ) from None
