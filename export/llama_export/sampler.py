@@ -8,8 +8,8 @@ No operator runs along the whole vocabulary but TopK and Softmax, because runnin
 reductions of such length are slow on a GPU: sums go over blocks of some hundred tokens first, and
 what is added up after that is in float64.
 
-A row's results are the same bits in any company. On the CPU, sums over an axis are added up in
-another order where a row is alone or doesn't begin at a multiple of the processor's vectors, and a
+A row's results are the same bits in any company. On the CPU, what is summed along an axis is added
+up in another order where it doesn't begin at a multiple of the processor's vectors, and a
 logarithm's last digits depend on whether its vector is full. So blocks are whole vectors, what they
 sum to is added up one by one, and a vector is filled for a logarithm.
 """

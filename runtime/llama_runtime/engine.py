@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from operator import index
+from operator import attrgetter, index
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,8 @@ from llama_runtime.detokenizer import Detokenizer, TokenBytes
 from llama_runtime.errors import BackendError, CapacityError, CaravanError, RequestError
 from llama_runtime.kv_cache import SlotCache
 from llama_runtime.params import SamplingParams, fresh_seed
-from llama_runtime.sampler import Sampler, by_kind
-from llama_runtime.sampling import NOT_FINITE, Kernels, Logits, Reference
+from llama_runtime.sampler import Sampler
+from llama_runtime.sampling import NOT_FINITE, Kernels, Logits, Reference, sampling_kind
 from llama_runtime.scheduler import Chunk, Scheduler
 from llama_runtime.sequence import FinishReason, Sequence, TokenLogprob
 from llama_runtime.step_batch import Step, StepBatch
@@ -27,8 +27,7 @@ from llama_runtime.stop_texts import StopTexts
 from llama_runtime.stopping import finish_reason, reached_min_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """What one step did to one sequence.
 
     Attributes:
@@ -153,6 +152,7 @@ class Engine:
             detokenizer=Detokenizer(self._token_bytes),
             stop_texts=StopTexts(params.stop, include=params.include_stop),
             sample=sample,
+            kind=sampling_kind(params),
         )
         self._next_id += 1
         self._sequences[seq.id] = seq
@@ -169,7 +169,7 @@ class Engine:
         chunks = self._scheduler.schedule()
         if not chunks:
             return []
-        chunks.sort(key=lambda chunk: by_kind(chunk.seq))
+        chunks.sort(key=attrgetter("seq.kind"))
         try:
             events = self._forward(chunks)
         except Exception as error:

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 
-from llama_runtime.sampling import Int64s, Kernels, Logits, Scores, sampling_kind, uniform
+from llama_runtime.sampling import Int64s, Kernels, Logits, Scores, uniform
 from llama_runtime.sequence import Sequence, TokenLogprob
 from llama_runtime.stopping import end_token_ids
 
@@ -45,8 +45,9 @@ class Sampler:
         params = [seq.params for seq in seqs]
         scored = [i for i, of_row in enumerate(params) if of_row.logprobs]
         untouched = logits[scored] if scored else logits[:0]
-        for row, seq in zip(logits, seqs, strict=True):
-            edit(row, seq, self._eos_token_ids)
+        for i, seq in enumerate(seqs):
+            if seq.edited:
+                edit(logits[i], seq, self._eos_token_ids)
         numbers = [
             0.0 if seq.params.greedy else uniform(seq.seed, seq.sample, seq.num_completion_tokens)
             for seq in seqs
@@ -78,11 +79,6 @@ class Sampler:
             )
             for i, (token_id, count) in enumerate(zip(token_ids, num_top, strict=True))
         ]
-
-
-def by_kind(seq: Sequence) -> int:
-    """The order in which the kernels want the rows."""
-    return sampling_kind(seq.params)
 
 
 def edit(row: Logits, seq: Sequence, eos_token_ids: Collection[int]) -> None:

@@ -10,7 +10,7 @@ still be through before a long one, with what that one can't use of the budget.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from llama_runtime.contract import (
     CHUNK_MULTIPLE,
@@ -24,8 +24,7 @@ from llama_runtime.kv_cache import SlotCache
 from llama_runtime.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """The next tokens of one sequence.
 
     Attributes:

@@ -46,12 +46,15 @@ class Sequence:
         stop_texts: holds that text back where it may be the beginning of a stop text.
         sample: which of the ``n`` completions of a request it is, from 0; the random stream's
             other key.
+        kind: which branch of the sampler its rows take; see ``sampling_kind``.
         cache_len: tokens whose keys and values are in the cache.
         slot: its row of the cache, None while it waits and after it ended.
         finish_reason: None while it goes on.
         logprobs: of the completion's tokens, if they are asked for.
         prompt_logprobs: of the prompt's tokens so far, if they are asked for; None for the first,
             which nothing precedes.
+        counts: its tokens as the penalties need them.
+        edited: whether its logits are changed before a token is chosen.
     """
 
     id: int
@@ -62,16 +65,20 @@ class Sequence:
     detokenizer: Detokenizer
     stop_texts: StopTexts = field(default_factory=StopTexts)
     sample: int = 0
+    kind: int = 0
     cache_len: int = 0
     slot: int | None = None
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
-    counts: TokenCounts | None = None
+    counts: TokenCounts | None = field(init=False, default=None)
+    edited: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.params.penalized:
+        params = self.params
+        if params.penalized:
             self.counts = TokenCounts(self.token_ids)
+        self.edited = params.penalized or bool(params.logit_bias) or params.min_tokens > 0
 
     @property
     def num_tokens(self) -> int:

@@ -78,58 +78,72 @@ class StepBatch:
         chunk. A slot without a chunk is inactive. Padded cells and dummy rows read row 0; they
         write no cache and their results are dropped.
         """
-        width = max(chunk.num_tokens for chunk in chunks)
-        slots = [_slot(chunk) for chunk in chunks]
-        first, num_slots = 0, len(self._seqlens_k)
+        slots, starts, counts = np.array([_place(chunk) for chunk in chunks]).T
+        width, first, num_slots = int(counts.max()), 0, len(self._seqlens_k)
         if width > 1:
-            first, num_slots = min(slots), max(slots) - min(slots) + 1
-        unpack = self._unpack[: num_slots * width].reshape(num_slots, width)
+            first = int(slots.min())
+            num_slots = int(slots.max()) - first + 1
+            slots = slots - first
         seqlens_k, query_seqlens = self._seqlens_k[:num_slots], self._query_seqlens[:num_slots]
-        unpack.fill(0)
         seqlens_k.fill(0)
         query_seqlens.fill(0)
-        row = num_logits = 0
-        scored: list[int] = []
-        for chunk, slot in zip(chunks, slots, strict=True):
-            seq, count, start = chunk.seq, chunk.num_tokens, chunk.seq.cache_len
-            slot -= first
-            end = row + count
-            self._input_ids[row:end] = seq.token_ids[start : start + count]
-            self._pack[row:end] = self._columns[:count] + slot * width
-            unpack[slot, :count] = self._columns[row:end]
-            seqlens_k[slot] = start + count - 1
-            query_seqlens[slot] = count
-            if chunk.samples:
-                self._logits_rows[num_logits] = end - 1
-                num_logits += 1
-            scored += range(row, row + chunk.num_scored)
-            row = end
-        num_rows = padded(row, self._row_multiple)
-        self._logits_rows[num_logits : num_logits + len(scored)] = scored
-        num_heads = padded(num_logits + len(scored), self._row_multiple)
-        self._input_ids[row:num_rows] = self._input_ids[0]
-        self._pack[row:num_rows] = self._pack[0]
-        self._logits_rows[num_logits + len(scored) : num_heads] = 0
+        seqlens_k[slots] = starts + counts - 1
+        query_seqlens[slots] = counts
+
+        ends = counts.cumsum()
+        num_tokens = int(ends[-1])
+        num_rows = padded(num_tokens, self._row_multiple)
+        rows = self._columns[:num_tokens]
+        # From a token's packed row to its cell, which lies as far behind in all of a chunk.
+        cells = rows + np.repeat(slots * width - (ends - counts), counts)
+        pack, input_ids = self._pack[:num_rows], self._input_ids[:num_rows]
+        pack[:num_tokens] = cells
+        pack[num_tokens:] = cells[0]
+        input_ids[:num_tokens] = [token_id for chunk in chunks for token_id in _token_ids(chunk)]
+        input_ids[num_tokens:] = input_ids[0]
+        unpack = self._unpack[: num_slots * width]
+        unpack.fill(0)
+        unpack[cells] = rows
+
+        sampled = [
+            end - 1 for chunk, end in zip(chunks, ends.tolist(), strict=True) if chunk.samples
+        ]
+        scored = [
+            row
+            for chunk, start in zip(chunks, (ends - counts).tolist(), strict=True)
+            for row in range(start, start + chunk.num_scored)
+        ]
+        num_heads = padded(len(sampled) + len(scored), self._row_multiple)
+        logits_rows = self._logits_rows[:num_heads]
+        logits_rows.fill(0)
+        logits_rows[: len(sampled) + len(scored)] = sampled + scored
         self._total[...] = seqlens_k.max() + 1
         return Step(
-            input_ids=self._input_ids[:num_rows],
-            logits_rows=self._logits_rows[:num_heads],
-            unpack=unpack,
-            pack=self._pack[:num_rows],
+            input_ids=input_ids,
+            logits_rows=logits_rows,
+            unpack=unpack.reshape(num_slots, width),
+            pack=pack,
             seqlens_k=seqlens_k,
             query_seqlens=query_seqlens,
             total_sequence_length=self._total,
             first_slot=first,
-            num_logits=num_logits,
+            num_logits=len(sampled),
             num_scored=len(scored),
             chunks=chunks,
         )
 
 
-def _slot(chunk: Chunk) -> int:
-    if chunk.seq.slot is None:
-        raise RuntimeError(f"sequence {chunk.seq.id} was scheduled without a slot")
-    return chunk.seq.slot
+def _place(chunk: Chunk) -> tuple[int, int, int]:
+    """Slot, tokens that are there before, and tokens that come."""
+    seq = chunk.seq
+    if seq.slot is None:
+        raise RuntimeError(f"sequence {seq.id} was scheduled without a slot")
+    return seq.slot, seq.cache_len, chunk.num_tokens
+
+
+def _token_ids(chunk: Chunk) -> list[int]:
+    start = chunk.seq.cache_len
+    return chunk.seq.token_ids[start : start + chunk.num_tokens]
 
 
 def padded(count: int, multiple: int) -> int:
