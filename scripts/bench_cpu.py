@@ -14,24 +14,19 @@ Everything that is compared runs in the same rounds, in turns; a figure is the m
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llama_runtime import __version__
 from llama_runtime.machine import default_threads
 from scripts.bench_batching import around, mixed
 from scripts.bench_clock import seconds
 from scripts.bench_decode import decode
-
-ROOT = Path(__file__).resolve().parents[1]
+from scripts.bench_machine import machine
 
 Results = dict[str, Any]
 
@@ -59,29 +54,6 @@ def start(rounds: int) -> Results:
     return result
 
 
-def _machine() -> Results:
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return {"cpu": names[0] if names else platform.machine(), "processors": default_threads()}
-
-
-def _versions() -> Results:
-    versions: Results = {"caravan": __version__, "python": platform.python_version()}
-    for name in ("onnxruntime", "onnxruntime-genai", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
-
-
 def main() -> None:
     """Run the figures that were asked for; the last line is JSON."""
     parser = argparse.ArgumentParser(description="Measure Caravan on this machine's CPU.")
@@ -96,9 +68,7 @@ def main() -> None:
     if options.rounds < 1 or options.threads < 1:
         parser.error("--rounds and --threads must be at least 1")
     results: Results = {
-        "machine": _machine(),
-        "versions": _versions(),
-        "commit": _commit(),
+        **machine(),
         "threads": options.threads,
         "rounds": options.rounds,
     }

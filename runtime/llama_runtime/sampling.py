@@ -20,8 +20,6 @@ Floats = npt.NDArray[np.floating]
 Int64s = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 
-# A nucleus is looked for among these many likeliest tokens before the whole row is sorted.
-CANDIDATES = (256, 4096)
 NOT_FINITE = -1  # in place of a token id: the row held no finite maximum
 
 
@@ -74,7 +72,7 @@ class Reference:
         rows -= rows.max(axis=1, keepdims=True)
         rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
         count = min(MAX_TOP_LOGPROBS, rows.shape[1])
-        top = np.stack([_likeliest(row, count)[:count] for row in logits])
+        top = np.argsort(-logits, axis=1, kind="stable")[:, :count]
         chosen = np.take_along_axis(rows, token_ids[:, None], axis=1)[:, 0]
         return Scores(chosen, top, np.take_along_axis(rows, top, axis=1))
 
@@ -120,15 +118,21 @@ def draw(logits: Logits, params: SamplingParams, number: float) -> int:
         params: temperature above 0, and the filters.
         number: in [0, 1).
     """
-    scaled = logits.astype(np.float64)
-    scaled -= scaled.max()  # before the division, which can then overflow to -inf only
-    with np.errstate(over="ignore"):
-        scaled /= params.temperature
-    weights = np.exp(scaled)
+    weights = weigh(logits, params.temperature)
     if not params.filtered:
         return _invert(weights, number)
     kept = _filter(logits, weights, params)
     return int(kept[_invert(weights[kept], number)])
+
+
+def weigh(logits: Logits, temperature: float) -> npt.NDArray[np.float64]:
+    """exp((l - max l) / T): probabilities, but for their sum."""
+    scaled = logits.astype(np.float64)
+    scaled -= scaled.max()  # before the division, which can then overflow to -inf only
+    with np.errstate(over="ignore"):
+        scaled /= temperature
+    weights: npt.NDArray[np.float64] = np.exp(scaled)
+    return weights
 
 
 def _filter(logits: Logits, weights: Floats, params: SamplingParams) -> npt.NDArray[np.intp]:
@@ -138,31 +142,14 @@ def _filter(logits: Logits, weights: Floats, params: SamplingParams) -> npt.NDAr
     k-th are kept with it, the nucleus is the shortest run of likeliest tokens that holds ``top_p``
     of what top_k kept, and ``min_p`` is of the likeliest: the meaning of ``transformers``.
     """
-    top_k, top_p = params.top_k, params.top_p
-    least = params.min_p * weights.max()
-    if 0 < top_k < weights.size:
-        order = _likeliest(logits, top_k)
-        whole = weights[order].sum()
-    else:
-        whole = weights.sum()
-        for count in (*CANDIDATES, logits.size):
-            order = _likeliest(logits, count)
-            if weights[order[-1]] < least or (top_p < 1 and weights[order].sum() >= top_p * whole):
-                break
-    if top_p < 1:
-        cumulative = weights[order].cumsum()
-        order = order[: int(np.searchsorted(cumulative, top_p * whole)) + 1]
-    kept: npt.NDArray[np.intp] = order[weights[order] >= least]
+    order = np.argsort(-logits, kind="stable")
+    if 0 < params.top_k < logits.size:
+        order = order[logits[order] >= logits[order[params.top_k - 1]]]
+    cumulative = weights[order].cumsum()
+    if params.top_p < 1:
+        order = order[: int(np.searchsorted(cumulative, params.top_p * cumulative[-1])) + 1]
+    kept: npt.NDArray[np.intp] = order[weights[order] >= params.min_p * weights.max()]
     return kept
-
-
-def _likeliest(logits: Logits, count: int) -> npt.NDArray[np.intp]:
-    """The ``count`` likeliest tokens and all equals of the last, likeliest first."""
-    if count >= logits.size:
-        return np.argsort(-logits, kind="stable")
-    threshold = np.partition(logits, logits.size - count)[logits.size - count]
-    tokens = np.flatnonzero(logits >= threshold)
-    return tokens[np.argsort(-logits[tokens], kind="stable")]
 
 
 def _invert(weights: Floats, number: float) -> int:

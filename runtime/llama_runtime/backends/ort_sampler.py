@@ -15,18 +15,18 @@ from llama_runtime.contract import (
     SAMPLER_OUTPUTS,
     SAMPLER_ROWS,
 )
+from llama_runtime.nucleus import draw_unsorted
 from llama_runtime.params import SamplingParams
 from llama_runtime.sampling import (
-    CANDIDATES,
     NOT_FINITE,
     Int64s,
     Logits,
     Scores,
-    draw,
     likeliest,
     sampling_kind,
 )
 
+CANDIDATES = 256  # of a filter
 MAX_INVERSE_TEMPERATURE = np.finfo(np.float32).max  # times a distance of 0 it must stay 0
 
 
@@ -47,7 +47,9 @@ class OrtSampler:
         self._session = open_session(graph, threads)
         sizes = {"V": vocab_size, "1": 1, "T": min(MAX_TOP_LOGPROBS, vocab_size)}
         check_signature(self._session, SAMPLER_INPUTS, SAMPLER_OUTPUTS, sizes)
+        self._size = vocab_size
         self._none = np.zeros((0, vocab_size), np.float32)
+        self._candidates = np.array([min(CANDIDATES, vocab_size)])
 
     def choose(self, logits: Logits, params: Seq[SamplingParams], numbers: Seq[float]) -> Int64s:
         """See ``Reference.choose``."""
@@ -92,24 +94,16 @@ class OrtSampler:
         return tokens
 
     def _filtered(self, logits: Logits, params: Seq[SamplingParams], numbers: Seq[float]) -> Int64s:
-        """Among few candidates, then many, for the rows that have more tokens to choose from."""
-        tokens = np.full(len(params), NOT_FINITE, np.int64)
-        left = np.arange(len(params))
-        for count in CANDIDATES:
-            if not left.size:
-                return tokens
-            rows = logits if len(left) == len(params) else logits[left]
-            of_rows = [params[i] for i in left.tolist()]
-            inputs = _drawn("filtered", rows, of_rows, [numbers[i] for i in left.tolist()])
-            inputs |= _filters(of_rows, logits.shape[1])
-            inputs["candidates"] = np.array([min(count, logits.shape[1])])
-            found = self._run(inputs)
-            usable = ~np.isnan(found["filtered_totals"][:, 0])
-            covered = found["filtered_covered"][:, 0]
-            tokens[left[usable & covered]] = found["filtered_tokens"][usable & covered, 0]
-            left = left[usable & ~covered]
-        for i in left.tolist():
-            tokens[i] = draw(logits[i], params[i], numbers[i])
+        if not params:
+            return np.zeros(0, np.int64)
+        found = self._run(
+            _drawn("filtered", logits, params, numbers) | _filters(params, self._size)
+        )
+        tokens: Int64s = found["filtered_tokens"][:, 0]
+        finite = ~np.isnan(found["filtered_totals"][:, 0])
+        tokens[~finite] = NOT_FINITE
+        for i in np.flatnonzero(finite & ~found["filtered_covered"][:, 0]).tolist():
+            tokens[i] = draw_unsorted(logits[i], params[i], numbers[i])
         return tokens
 
     def _run(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +112,7 @@ class OrtSampler:
             spec.name: np.zeros((0, 1), spec.dtype) if spec.axes[-1] == "1" else self._none
             for spec in SAMPLER_INPUTS
         }
-        feeds |= {"candidates": np.ones(1, np.int64)}
+        feeds |= {"candidates": self._candidates}
         names = [spec.name for spec in SAMPLER_OUTPUTS]
         return dict(zip(names, self._session.run(names, feeds | inputs), strict=True))
 
