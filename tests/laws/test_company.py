@@ -18,10 +18,12 @@ import numpy.typing as npt
 import pytest
 
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
+from llama_runtime.backends.ort_sampler import OrtSampler
 from llama_runtime.bundle import Bundle, open_bundle
-from llama_runtime.contract import SLOTS, cache_capacity
+from llama_runtime.contract import SAMPLER, SLOTS, cache_capacity
 from llama_runtime.engine import Engine
 from llama_runtime.params import SamplingParams
+from llama_runtime.sequence import TokenLogprob
 from llama_runtime.step_batch import Step
 from llama_runtime.tokenizer import Tokenizer
 
@@ -40,10 +42,12 @@ class Request:
 
 @dataclass
 class Trace:
-    """What happened to one sequence: a digest of each row of logits, and its tokens."""
+    """What happened to one sequence: a digest of each row of logits, its tokens, their scores."""
 
     rows: list[bytes]
     token_ids: list[int]
+    logprobs: list[TokenLogprob]
+    prompt_logprobs: list[TokenLogprob | None]
 
 
 class Recorded:
@@ -70,12 +74,26 @@ class Recorded:
 
 
 def pool(vocab_size: int) -> list[Request]:
+    """Every parameter is on in some and off in others."""
     choose = random.Random(0)
     requests = []
     for i, length in enumerate(PROMPT_LENGTHS):
-        temperature = (0.0, 0.8, 1.3)[i % 3]
         params = SamplingParams(
-            max_tokens=MAX_TOKENS, temperature=temperature, top_p=0.95, seed=i, ignore_eos=True
+            max_tokens=MAX_TOKENS,
+            min_tokens=i % 4,
+            temperature=(0.0, 0.8, 1.3)[i % 3],
+            top_p=(0.95, 1.0)[i % 2],
+            top_k=(0, 40, 300)[i // 2 % 3],
+            min_p=(0.0, 0.02)[i // 3 % 2],
+            repetition_penalty=(1.0, 1.2)[i // 2 % 2],
+            presence_penalty=(0.0, 0.5)[i // 4 % 2],
+            frequency_penalty=(0.0, -0.5)[i // 5 % 2],
+            logit_bias={choose.randrange(vocab_size): 4.0} if i % 4 == 1 else {},
+            seed=i,
+            ignore_eos=True,
+            logprobs=i % 3 == 1,
+            top_logprobs=5 * (i % 3 == 1),
+            prompt_logprobs=i % 5 == 2,
         )
         requests.append(Request([choose.randrange(vocab_size) for _ in range(length)], params))
     return requests
@@ -89,6 +107,7 @@ class Runner:
         self.geometry = bundle.manifest.geometry
         self._session: Any = open_session(bundle.graph_path(SLOTS.name), threads)
         self._token_bytes = Tokenizer(bundle.tokenizer_path).byte_table
+        self._kernels = OrtSampler(bundle.graph_path(SAMPLER), self.geometry.vocab_size, threads)
         # Found out once, as `LLM` does when it loads.
         self.row_multiple = self._backend(num_slots=1, capacity=2).row_multiple
 
@@ -116,6 +135,7 @@ class Runner:
             max_len=MAX_LEN,
             prompt_budget=budget,
             max_chunk=chunk,
+            kernels=self._kernels,
         )
         waiting = list(requests)
         sequences, num_aborted = [], 0
@@ -130,7 +150,15 @@ class Runner:
                 num_aborted += 1
         assert engine.failure is None
         engine.check()
-        traces = [Trace(recorded.rows.get(s.id, []), s.completion_token_ids) for s in sequences]
+        traces = [
+            Trace(
+                recorded.rows.get(seq.id, []),
+                seq.completion_token_ids,
+                seq.logprobs,
+                seq.prompt_logprobs,
+            )
+            for seq in sequences
+        ]
         return traces, num_aborted
 
 
@@ -164,5 +192,8 @@ def test_schedule_never_shows(runner: Runner) -> None:
             where = f"schedule {seed}, prompt of {len(requests[i].prompt)} tokens"
             assert trace.rows == alone[i].rows[: len(trace.rows)], where
             assert trace.token_ids == alone[i].token_ids[: len(trace.token_ids)], where
+            assert trace.logprobs == alone[i].logprobs[: len(trace.logprobs)], where
+            scored = len(trace.prompt_logprobs)
+            assert trace.prompt_logprobs == alone[i].prompt_logprobs[:scored], where
     assert with_abort >= 0.2 * num_schedules
     assert with_split >= 0.2 * num_schedules
