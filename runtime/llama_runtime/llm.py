@@ -288,7 +288,11 @@ class LLM:
         prompt = request.prompt
         if not isinstance(prompt, str) and not _is_list(prompt):
             raise _wrong_type("prompt", "a list of whole numbers, or text", prompt)
-        token_ids = self._encoder.encode(prompt) if isinstance(prompt, str) else prompt
+        token_ids = (
+            self._encoder.encode(prompt, max_len=self.max_len)
+            if isinstance(prompt, str)
+            else prompt
+        )
         return self._engine.add(token_ids, request.params, inbox)
 
 

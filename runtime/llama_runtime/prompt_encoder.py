@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from llama_runtime.bundle import Bundle
 from llama_runtime.chat_template import ChatTemplate
-from llama_runtime.errors import RequestError
+from llama_runtime.errors import CapacityError, RequestError
 from llama_runtime.tokenizer import Tokenizer
+
+NORMALIZED = 4  # how many times as long as what it is normalized to a text may be, generously
 
 
 class PromptEncoder:
@@ -35,12 +37,24 @@ class PromptEncoder:
         """Whether conversations can be encoded."""
         return self._template is not None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, max_len: int | None = None) -> list[int]:
         """Token ids of a raw prompt.
+
+        Args:
+            text: the prompt.
+            max_len: the most tokens it may become; a text that is far too long for that is refused
+                at once, since tokenizing megabytes takes seconds.
 
         Raises:
             RequestError: the text can't be written as UTF-8.
+            CapacityError: it can't have as few tokens as ``max_len``.
         """
+        if max_len is not None and len(text) > NORMALIZED * self.tokenizer.longest_token * max_len:
+            raise CapacityError(
+                f"the prompt has {len(text):,} characters, which can't be {max_len} tokens of "
+                f"{self.tokenizer.longest_token} bytes at most: shorten it or raise max_len",
+                param="prompt",
+            )
         return self.tokenizer.encode(text)
 
     def encode_chat(self, messages: Sequence[Mapping[str, object]]) -> list[int]:

@@ -94,6 +94,11 @@ class Tokenizer:
         """
         return TokenBytes(self._backend)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """The most bytes that one token writes."""
+        return max(len(self.token_bytes(token_id)) for token_id in range(self.vocab_size))
+
     @property
     def vocab_size(self) -> int:
         """One more than the highest token id; the model's own V may be padded beyond it."""

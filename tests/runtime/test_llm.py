@@ -281,6 +281,15 @@ def test_a_stream_collected_in_the_middle_of_a_step_does_not_block_it(
     assert running == [2] + [1] * 9  # its slot is free from the next step on
 
 
+def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenized(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm.tokenizer, "encode", None)  # so that it would fail
+    with pytest.raises(CapacityError, match=r"the prompt has 4,000,000 characters") as refusal:
+        llm.generate("word" * 1_000_000)
+    assert refusal.value.param == "prompt"
+
+
 # --- run ----------------------------------------------------------------------------------------
 
 
