@@ -13,6 +13,8 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # typing's own takes longer to import than the commands take to be ready
 if TYPE_CHECKING:
+    from llama_runtime.async_llm import AsyncLLM
+    from llama_runtime.async_stream import AsyncStream
     from llama_runtime.bundle import open_bundle
     from llama_runtime.completion import Completion, Request
     from llama_runtime.engine import Engine, TokenEvent
@@ -22,17 +24,21 @@ if TYPE_CHECKING:
         CapacityError,
         CaravanError,
         DependencyError,
+        QueueFullError,
         RequestError,
     )
     from llama_runtime.llm import LLM
     from llama_runtime.memory_plan import MemoryPlan
     from llama_runtime.params import SamplingParams
+    from llama_runtime.sequence import TokenLogprob
     from llama_runtime.shared_engine import Stats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
+    "AsyncStream",
     "BackendError",
     "BundleError",
     "CapacityError",
@@ -41,17 +47,21 @@ __all__ = [
     "DependencyError",
     "Engine",
     "MemoryPlan",
+    "QueueFullError",
     "Request",
     "RequestError",
     "SamplingParams",
     "Stats",
     "TokenEvent",
+    "TokenLogprob",
     "__version__",
     "open_bundle",
 ]
 
 _MODULES = {
     "LLM": "llm",
+    "AsyncLLM": "async_llm",
+    "AsyncStream": "async_stream",
     "BackendError": "errors",
     "BundleError": "errors",
     "CapacityError": "errors",
@@ -60,11 +70,13 @@ _MODULES = {
     "DependencyError": "errors",
     "Engine": "engine",
     "MemoryPlan": "memory_plan",
+    "QueueFullError": "errors",
     "Request": "completion",
     "RequestError": "errors",
     "SamplingParams": "params",
     "Stats": "shared_engine",
     "TokenEvent": "engine",
+    "TokenLogprob": "sequence",
     "open_bundle": "bundle",
 }
 

@@ -202,6 +202,7 @@ class Engine:
         if not self.closed:
             self.closed = True
             self._backend.close()
+            del self._sampler  # and its graph
 
     def _checked_prompt(self, prompt: Seq[int], params: SamplingParams) -> list[int]:
         try:

@@ -39,6 +39,10 @@ class CapacityError(RequestError):
     """More was asked for than was set up at start, or than memory allows."""
 
 
+class QueueFullError(CaravanError):
+    """Too much waits for a slot already; the same request may be taken later."""
+
+
 class BackendError(CaravanError):
     """The compiled graph could not be loaded, or failed while running."""
 

@@ -15,6 +15,8 @@ from llama_runtime.params import SamplingParams
 from llama_runtime.sampling import Logits, weigh
 
 NUM_BINS = 8192
+# A draw stays below the end of what is kept: it was added up in another order than the borders.
+BELOW_ONE = 1 - 2.0**-40
 DEPTH = 64.0  # natural logarithms below the likeliest: what lies deeper shares a bin
 
 
@@ -37,7 +39,7 @@ def draw_unsorted(logits: Logits, params: SamplingParams, number: float) -> int:
     if params.min_p > 0:
         least = params.min_p * row.weights.max()
         kept = min(kept, row.weights[row.weights >= least].sum())
-    return row.crossing(number * kept, "right")[0]
+    return row.crossing(min(number, BELOW_ONE) * kept, "right")[0]
 
 
 class _Binned:
@@ -46,7 +48,8 @@ class _Binned:
     def __init__(self, logits: Logits, temperature: float) -> None:
         self._logits = logits
         self.weights = weigh(logits, temperature)
-        depth = np.minimum(logits.max() - logits, np.float32(DEPTH * temperature))
+        with np.errstate(over="ignore"):  # to infinity, which is deep enough
+            depth = np.minimum(logits.max() - logits, np.float32(DEPTH * temperature))
         # A product and a cast keep the order, so equal logits share a bin.
         scale = np.float32(NUM_BINS - 1) / max(depth.max(), np.float32(1e-30))
         self._bins = (depth * scale).astype(np.int32)

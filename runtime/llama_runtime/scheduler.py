@@ -9,7 +9,7 @@ still be through before a long one, with what that one can't use of the budget.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from typing import NamedTuple
 
 from llama_runtime.contract import (
@@ -70,18 +70,19 @@ class Scheduler:
         self.prompt_budget = prompt_budget
         self.max_chunk = max_chunk
         self.refill = refill
-        self.waiting: deque[Sequence] = deque()
+        # In order of arrival, and each found at once: thousands may wait, and be given up.
+        self.waiting: OrderedDict[Sequence, None] = OrderedDict()
         self.running: list[Sequence] = []  # in order of admission
         self._prompts_turn = True
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
-        self.waiting.append(seq)
+        self.waiting[seq] = None
 
     def remove(self, seq: Sequence) -> None:
         """Forget a sequence that ended, wherever it is, and free its slot."""
         if seq.slot is None:
-            self.waiting.remove(seq)
+            del self.waiting[seq]
         else:
             self.running.remove(seq)
             self.cache.free(seq)
@@ -119,7 +120,7 @@ class Scheduler:
         if not self.refill and self.running:
             return
         while self.waiting and self.cache.num_free:
-            seq = self.waiting.popleft()
+            seq, _ = self.waiting.popitem(last=False)
             self.cache.allocate(seq)
             self.running.append(seq)
 

@@ -14,6 +14,8 @@ import llama_runtime
 
 PUBLIC = [
     "LLM",
+    "AsyncLLM",
+    "AsyncStream",
     "BackendError",
     "BundleError",
     "CapacityError",
@@ -22,11 +24,13 @@ PUBLIC = [
     "DependencyError",
     "Engine",
     "MemoryPlan",
+    "QueueFullError",
     "Request",
     "RequestError",
     "SamplingParams",
     "Stats",
     "TokenEvent",
+    "TokenLogprob",
     "__version__",
     "open_bundle",
 ]

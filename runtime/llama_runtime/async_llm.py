@@ -1,0 +1,323 @@
+"""The facade for asyncio: a bundle, and prompts in, completions out, while the loop goes on.
+
+    async with await AsyncLLM.load("bundle") as llm:
+        async for event in llm.stream("Gravity is"):
+            print(event.text, end="")
+
+An ``AsyncLLM`` may be used from the event loops of several threads: calls that overlap share the
+batch. The model runs in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal
+
+from llama_runtime.async_calls import Call, Deadline, Item, Source, settled
+from llama_runtime.async_stream import AsyncStream
+from llama_runtime.completion import Completion, Prompt
+from llama_runtime.errors import RequestError
+from llama_runtime.llm import Message, _as_list, _is_list, _wrong_type
+from llama_runtime.loading import DEFAULT_MAX_BATCH, in_range, load
+from llama_runtime.params import SamplingParams
+from llama_runtime.prompt_encoder import PromptEncoder
+from llama_runtime.shared_engine import Stats
+from llama_runtime.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+MAX_QUEUED_REQUESTS = 1_000_000
+MAX_QUEUED_TOKENS = 10**9
+
+
+class AsyncLLM:
+    """A bundle, loaded and ready. Loading blocks: in a running loop, await ``load``.
+
+    Args:
+        bundle: the directory that ``llama-export build`` wrote, or its text side where that is
+            open already.
+        max_batch: sequences that run at once.
+        max_len: the most tokens of one sequence, prompt and completion; None takes the model's
+            limit, at most 4,096 and no more than fits into memory.
+        threads: threads of the kernels; None takes the processors this process may use.
+        verify: how the bundle's files are checked; see ``open_bundle``.
+        max_queued_requests: so many requests may wait for a slot; one more is refused at once.
+        max_queued_tokens: with so many prompt tokens waiting, no more requests are taken.
+
+    Raises:
+        BundleError: the bundle can't be used.
+        CapacityError: it doesn't fit into memory with these settings; nothing was loaded.
+        RequestError: an argument is out of range.
+        DependencyError: onnxruntime is missing.
+    """
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str] | PromptEncoder = "bundle",
+        *,
+        max_batch: int = DEFAULT_MAX_BATCH,
+        max_len: int | None = None,
+        threads: int | None = None,
+        verify: Literal["full", "size"] | None = None,
+        max_queued_requests: int = 1024,
+        max_queued_tokens: int = 1_000_000,
+    ) -> None:
+        in_range("max_queued_requests", max_queued_requests, MAX_QUEUED_REQUESTS)
+        in_range("max_queued_tokens", max_queued_tokens, MAX_QUEUED_TOKENS)
+        loaded = load(bundle, max_batch=max_batch, max_len=max_len, threads=threads, verify=verify)
+        self._encoder = loaded.encoder
+        self.bundle, self.tokenizer = loaded.encoder.bundle, loaded.encoder.tokenizer
+        self.memory_plan, self.threads = loaded.memory_plan, loaded.threads
+        self.max_batch, self.max_len = self.memory_plan.max_batch, self.memory_plan.max_len
+        self.default_params = loaded.default_params
+        self._worker = Worker(
+            loaded.engine,
+            max_queued_requests=max_queued_requests,
+            max_queued_tokens=max_queued_tokens,
+        )
+        # At the end of the program the worker sees to itself, and waits for its thread.
+        weakref.finalize(self, self._worker.stop).atexit = False
+
+    @classmethod
+    async def load(
+        cls,
+        bundle: str | os.PathLike[str] | PromptEncoder = "bundle",
+        *,
+        max_batch: int = DEFAULT_MAX_BATCH,
+        max_len: int | None = None,
+        threads: int | None = None,
+        verify: Literal["full", "size"] | None = None,
+        max_queued_requests: int = 1024,
+        max_queued_tokens: int = 1_000_000,
+    ) -> AsyncLLM:
+        """Load a bundle while the loop goes on; arguments and errors are those of the class."""
+        return await asyncio.to_thread(
+            cls,
+            bundle,
+            max_batch=max_batch,
+            max_len=max_len,
+            threads=threads,
+            verify=verify,
+            max_queued_requests=max_queued_requests,
+            max_queued_tokens=max_queued_tokens,
+        )
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``chat`` and ``stream_chat`` can be used."""
+        return self._encoder.has_chat_template
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> AsyncStream:
+        """Continue one raw prompt, an event a token.
+
+        Args:
+            prompt: text, or token ids.
+            params: how to continue it; None takes the bundle's defaults.
+            timeout: seconds from this call on, in the queue too, after which the slot is given
+                back and ``TimeoutError`` raised.
+
+        Returns:
+            An asynchronous iterator. It begins when the first event is asked for, and what is wrong
+            with the request is raised then.
+
+        Raises:
+            RequestError: the prompt, ``params`` or ``timeout`` is of a wrong type.
+        """
+        return self._stream(self._source(prompt), params, timeout)
+
+    def stream_chat(
+        self,
+        messages: Seq[Message],
+        params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> AsyncStream:
+        """Answer one conversation, an event a token; otherwise as ``stream``."""
+        return self._stream(self._chat_source(messages), params, timeout)
+
+    async def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> list[Completion]:
+        """Continue raw prompts, beside each other.
+
+        At most twice ``max_batch`` of them are in flight at once, so there may be any number: when
+        the first has its place in the queue, the others wait for theirs.
+
+        Args:
+            prompts: one or several; text, or token ids.
+            params: for all of them, or one for each; None takes the bundle's defaults.
+            timeout: seconds from this call on, in the queue too, after which all is given up.
+
+        Returns:
+            One completion a prompt and sample, in order.
+
+        Raises:
+            RequestError: a prompt or parameter is wrong.
+            QueueFullError: as much waits for a slot as may; raised before any prompt has begun.
+            TimeoutError: the timeout has passed.
+            BackendError: the graph failed.
+            CaravanError: the LLM drains or is closed, or was loaded by the parent process.
+        """
+        return await self._gather(_as_list(prompts), self._source, params, timeout)
+
+    async def chat(
+        self,
+        conversations: Seq[Message] | Seq[Seq[Message]],
+        params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> list[Completion]:
+        """Answer conversations, laid out by the model's chat template.
+
+        Args:
+            conversations: one list of ``{"role": ..., "content": ...}``, or several.
+            params: as for ``generate``.
+            timeout: as for ``generate``.
+
+        Returns:
+            One completion a conversation and sample, in order.
+
+        Raises:
+            CaravanError: as for ``generate``; or the bundle has no chat template, or the template
+                refuses the messages.
+        """
+        if not _is_list(conversations):
+            raise _wrong_type(
+                "conversations", "a list of messages, or of such lists", conversations
+            )
+        one = not conversations or isinstance(conversations[0], Mapping)
+        several: Seq[Any] = [conversations] if one else conversations
+        return await self._gather(several, self._chat_source, params, timeout)
+
+    def stats(self) -> Stats:
+        """A copy of the counters, as the last step left them; it waits for none.
+
+        A sequence waits from its admission on, until the step that gives it a slot has ended.
+
+        Raises:
+            CaravanError: the process is a fork of the one that loaded this.
+        """
+        return self._worker.stats()
+
+    def health(self) -> Literal["ok", "draining", "failed", "closed"]:
+        """Whether requests can run; "failed" after an error of the backend.
+
+        Raises:
+            CaravanError: the process is a fork of the one that loaded this.
+        """
+        self._worker.check_process()
+        admission = self._worker.admission
+        if admission.closed:
+            return "closed"
+        if admission.failure is not None:
+            return "failed"
+        return "draining" if admission.draining else "ok"
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """Take no new requests, and wait for those in flight.
+
+        Args:
+            timeout: seconds to wait, or None. What is left then goes on until ``close``.
+
+        Returns:
+            Whether all have ended.
+
+        Raises:
+            RequestError: ``timeout`` is wrong.
+            CaravanError: the process is a fork of the one that loaded this.
+        """
+        deadline = Deadline(timeout)
+        self._worker.drain()
+        return await settled(self._worker.admission.drained, deadline.left)
+
+    async def close(self, timeout: float = 30.0) -> None:
+        """End what is in flight and free the cache and the graph; a second call does nothing.
+
+        Args:
+            timeout: seconds to wait for the step that runs. A step that hangs can't be ended: it
+                keeps its memory, and nothing else waits for it.
+
+        Raises:
+            RequestError: ``timeout`` is wrong.
+        """
+        deadline = Deadline(timeout)
+        self._worker.close()
+        if self._worker.forked:
+            return
+        if await settled(self._worker.ended, deadline.left):
+            self._worker.join()  # which has nothing left to do
+        else:
+            logger.warning("a step has not ended within %s s; its memory is still held", timeout)
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def _stream(
+        self, source: Source, params: SamplingParams | None, timeout: float | None
+    ) -> AsyncStream:
+        params = self.default_params if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise _wrong_type("params", "SamplingParams", params)
+        return AsyncStream(self._worker, source, params, Deadline(timeout), owner=self)
+
+    async def _gather(
+        self,
+        items: Seq[Item],
+        source: Callable[[Item], Source],
+        params: SamplingParams | Seq[SamplingParams] | None,
+        timeout: float | None,
+    ) -> list[Completion]:
+        each, deadline = self._params_of_each(params, len(items)), Deadline(timeout)
+        call = Call(self._worker, items, source, each, window=2 * self.max_batch)
+        async with deadline.kept():
+            return await call.run()
+
+    def _params_of_each(
+        self, params: SamplingParams | Seq[SamplingParams] | None, count: int
+    ) -> Seq[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or self.default_params] * count
+        if not _is_list(params):
+            raise _wrong_type("params", "SamplingParams, or a list of them", params)
+        if len(params) != count:
+            raise RequestError(f"{count} prompts with {len(params)} parameters", param="params")
+        for one in params:
+            if not isinstance(one, SamplingParams):
+                raise _wrong_type("params", "SamplingParams, or a list of them", one)
+        return params
+
+    def _source(self, prompt: Prompt) -> Source:
+        """A prompt as token ids, or what makes them of text."""
+        if isinstance(prompt, str):
+            return partial(self._encoder.encode, prompt, max_len=self.max_len)
+        if not _is_list(prompt):
+            raise _wrong_type("prompt", "a list of whole numbers, or text", prompt)
+        return list(prompt)
+
+    def _chat_source(self, messages: Seq[Message]) -> Source:
+        return partial(self._encoder.encode_chat, messages)

@@ -1,0 +1,169 @@
+"""One request as its events come, for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from types import TracebackType
+
+from llama_runtime.admission import Accepted, Ticket
+from llama_runtime.async_calls import Deadline, Mailbox, Source, call_soon, encoded
+from llama_runtime.engine import TokenEvent
+from llama_runtime.params import SamplingParams
+from llama_runtime.sequence import Sequence, TokenLogprob
+from llama_runtime.worker import Worker
+
+
+class AsyncStream:
+    """Iterates over the events of one request, an event a token of one of its samples.
+
+    It begins with the first event that is asked for, with ``start``, or with ``async with``. The
+    slot is given back when it ends: with the last event, an error, ``aclose``, the end of ``async
+    with``, the cancellation of a task that waits for an event, or with the object itself. Whoever
+    leaves the loop early while a name still refers to the stream should close it.
+
+    Args:
+        worker: runs it.
+        source: the prompt.
+        params: how to continue it.
+        deadline: when it has to be done.
+        owner: kept from being collected as garbage, and so closed, as long as this is used.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        source: Source,
+        params: SamplingParams,
+        deadline: Deadline,
+        owner: object,
+    ) -> None:
+        self._worker = worker
+        self._source = source
+        self._params = params
+        self._deadline = deadline
+        self._owner = owner
+        self._ticket: Ticket | None = None
+        self._timer: tuple[asyncio.AbstractEventLoop, asyncio.TimerHandle] | None = None
+        self._sequences: tuple[Sequence, ...] = ()
+        self._going: set[int] = set()
+        self._ended = False
+
+    @property
+    def seed(self) -> int | None:
+        """The random stream in use: the same request with this seed gives the same text.
+
+        None before the request has started.
+        """
+        return self._sequences[0].seed if self._sequences else None
+
+    @property
+    def num_prompt_tokens(self) -> int | None:
+        """Length of the prompt; None before the request has started."""
+        return self._sequences[0].num_prompt_tokens if self._sequences else None
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprob | None]:
+        """Those of the prompt's tokens, once the first event is there; if they are asked for."""
+        return self._sequences[0].prompt_logprobs if self._sequences else []
+
+    async def start(self) -> None:
+        """Wait until the request is accepted, so that a wrong one is told before any answer.
+
+        A second call does nothing.
+
+        Raises:
+            QueueFullError: too much waits for a slot.
+            RequestError: the prompt or a parameter is wrong.
+            TimeoutError: the request's timeout has passed.
+            BackendError: the graph failed.
+            CaravanError: the LLM drains or is closed, or was loaded by the parent process.
+        """
+        if self._ticket is not None or self._ended:
+            return
+        self._mailbox = Mailbox()
+        try:
+            self._ticket = self._worker.admit(partial(self._mailbox.post, 0))
+            async with self._deadline.kept():
+                token_ids = await encoded(self._source)
+            self._source = []
+            self._start_timer(self._ticket)
+            self._worker.submit(self._ticket, token_ids, self._params)
+            await self._next()
+        except BaseException:
+            self._end()
+            raise
+
+    def __aiter__(self) -> AsyncStream:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        await self.start()
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            while (event := await self._next()) is None:
+                pass
+        except BaseException:
+            self._end()
+            raise
+        if event.finish_reason is not None:
+            self._going.discard(event.sequence_id)
+            if not self._going:
+                self._end()
+        return event
+
+    async def aclose(self) -> None:
+        """End the request if it hasn't ended; a second call does nothing."""
+        self._end()
+
+    async def __aenter__(self) -> AsyncStream:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        self._end()
+
+    async def _next(self) -> TokenEvent | None:
+        """The next event; None in place of one when the request is accepted."""
+        _, message = await self._mailbox.get()
+        if isinstance(message, TokenEvent):
+            if message.error is not None:
+                raise message.error
+            return message
+        if isinstance(message, Accepted):
+            self._sequences = message.sequences
+            self._going = {seq.id for seq in self._sequences}
+            return None
+        raise message.with_traceback(None)  # several may be told the same error
+
+    def _start_timer(self, ticket: Ticket) -> None:
+        """Have the slot given back in time, also while nobody waits for an event."""
+        left = self._deadline.left
+        if left is not None:
+            loop = asyncio.get_running_loop()
+            given = self._worker, ticket, self._mailbox, self._deadline
+            self._timer = loop, loop.call_later(left, _expire, *given)
+
+    def _end(self) -> None:
+        """End the request; a finalizer calls it, in any thread."""
+        self._ended = True
+        if self._ticket is not None:
+            self._worker.cancel(self._ticket)
+        if self._timer is not None and not self._worker.forked:
+            loop, timer = self._timer
+            self._timer = None
+            call_soon(loop, timer.cancel)
+
+
+def _expire(worker: Worker, ticket: Ticket, mailbox: Mailbox, deadline: Deadline) -> None:
+    worker.cancel(ticket)
+    mailbox.post(0, deadline.error())
