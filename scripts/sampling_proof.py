@@ -30,7 +30,9 @@ from tests.sampling.rows import Agreement, compare, compiled, job, random_kinds
 
 VOCAB_SIZES = (32_000, 49_152, 128_256, 50_021)  # Llama 2, SmolLM2, Llama 3, and a prime number
 ROWS_AT_ONCE = 40
-MOST_NEAR = 0.005  # share of rows whose token may lie beside the reference's
+# The share of rows whose token may lie beside the right one: where logits are equal, a nucleus may
+# end just between two of them.
+MOST_NEAR = 0.01
 
 
 def compare_rows(vocab_size: int, rows: int) -> Agreement:

@@ -127,12 +127,17 @@ def test_only_a_test_that_runs_and_says_no_has_noticed_a_fault(tmp_path: Path) -
             "from llama_runtime.sequence import FinishReason, Sequence",
             "from llama_runtime.sequence import FinishReason, Sequence, Nobody",
         ),
-        fault("crash", newest, "newest = seq.tokens[-1]"),
+        fault(
+            "crash",
+            "self._admit()",
+            "self._admit_all()",
+            file="runtime/llama_runtime/scheduler.py",
+        ),
         fault("hang", newest, "while True: newest = seq.token_ids[-1]"),
         fault(
             "no-fixture",
-            "self.default_params = default_params(config)",
-            "assert not config",
+            "self.default_params = loaded.default_params",
+            "assert not loaded",
             file="runtime/llama_runtime/llm.py",
             test="tests/runtime/test_llm_fake.py::test_a_closed_stream_frees_its_slot",
         ),
@@ -157,7 +162,12 @@ def test_a_list_that_has_rotted_is_refused_with_all_that_is_wrong(tmp_path: Path
     faults = write(
         tmp_path / "faults.toml",
         fault("gone", "a line that was there once", "another"),
-        fault("often", 'return "stop"', "return None"),
+        fault(
+            "often",
+            "deadline = Deadline(timeout)",
+            "pass",
+            file="runtime/llama_runtime/async_llm.py",
+        ),
         fault("no-python", "return None", "return return"),
         fault("no-file", "return None", "pass", file="runtime/llama_runtime/gone.py"),
         fault("no-test", "return None", "pass", test="tests/runtime/test_engine.py::test_gone"),
@@ -167,7 +177,7 @@ def test_a_list_that_has_rotted_is_refused_with_all_that_is_wrong(tmp_path: Path
         assert run.returncode == 2
         assert len(run.stderr.splitlines()) == 5
         assert "gone: runtime/llama_runtime/stopping.py has this line 0 times" in run.stderr
-        assert "often: runtime/llama_runtime/stopping.py has this line 2 times" in run.stderr
+        assert "often: runtime/llama_runtime/async_llm.py has this line 2 times" in run.stderr
         assert "no-python: what the line becomes is no Python" in run.stderr
         assert "no-file: there is no runtime/llama_runtime/gone.py" in run.stderr
         assert "no-test: there is no test tests/runtime/test_engine.py::test_gone" in run.stderr

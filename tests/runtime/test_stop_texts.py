@@ -63,14 +63,13 @@ def expected(pieces: Iterable[tuple[str, bool]], stops: Seq[str], include: bool)
     """What is given out in the end, and what ended it, looked for after each character."""
     seen = ""
     for piece, may_stop in pieces:
-        for i, character in enumerate(piece):
+        for character in piece:
             seen += character
             # Of several that end here, the longest begins first.
             ends = [s for s in stops if seen.endswith(s)] if may_stop else []
             if ends:
                 found = max(ends, key=len)
                 return seen if include else seen[: -len(found)], found
-            assert i < len(piece)
     return seen, None
 
 
@@ -133,7 +132,7 @@ def test_nothing_of_a_stop_text_and_nothing_after_it_leaks(
 @given(st.data())
 def test_no_more_is_held_back_than_could_become_a_stop_text(data: st.DataObject) -> None:
     text = data.draw(texts)
-    stops, watch, shown, seen = data.draw(stops_for(text)), None, "", ""
+    stops, shown, seen = data.draw(stops_for(text)), "", ""
     watch = StopTexts(stops)
     for piece in data.draw(split(text)):
         shown += watch.push(piece)
@@ -205,9 +204,14 @@ def say(table: TokenBytes) -> Say:
     def say(data: bytes, **options: Any) -> tuple[Completion, list[TokenEvent]]:
         spoken = [ids[bytes([value])] for value in data] + [EOS]
         engine = Engine(
-            *(Speaker(spoken), table, [EOS]),
-            **{"vocab_size": VOCAB_SIZE, "max_batch": 1, "max_len": 400},
-            **{"prompt_budget": 64, "max_chunk": 64},
+            Speaker(spoken),
+            table,
+            [EOS],
+            vocab_size=VOCAB_SIZE,
+            max_batch=1,
+            max_len=400,
+            prompt_budget=64,
+            max_chunk=64,
         )
         seq: Sequence = engine.add([5], SamplingParams(**{"max_tokens": 300, **options}))
         events = []
