@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from operator import attrgetter, index
 from typing import NamedTuple
 
@@ -63,6 +64,10 @@ class Engine:
         max_chunk: the most prompt tokens of one sequence in one step.
         refill: False gives fixed batches, for comparison.
         kernels: what chooses tokens; None computes in numpy.
+
+    Attributes:
+        failure: why it has stopped, or None.
+        num_failed_steps: forwards that failed, whoever was at fault.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Engine:
     ) -> None:
         self.max_len = max_len
         self.failure: BackendError | None = None
+        self.num_failed_steps = 0
         self.closed = False
         self._backend = backend
         self._token_bytes = token_bytes
@@ -250,6 +256,7 @@ class Engine:
 
         One that has nobody beside it to compare with is believed to be at fault, once.
         """
+        self.num_failed_steps += 1
         events: list[TokenEvent] = []
         failed = [(chunks[0], error)] if len(chunks) == 1 else []
         for chunk in chunks if len(chunks) > 1 else ():
@@ -319,8 +326,10 @@ class Engine:
             except Exception as cleaning:
                 self.failure = _backend_error(cleaning)
         self._end(seq, "error")
-        text = seq.stop_texts.push(seq.detokenizer.finish(), may_stop=False)
-        text += seq.stop_texts.finish()
+        text = ""
+        with suppress(Exception):  # what has just failed may fail again
+            text = seq.stop_texts.push(seq.detokenizer.finish(), may_stop=False)
+            text += seq.stop_texts.finish()
         return TokenEvent(seq.id, None, text, "error", error, sample=seq.sample)
 
     def _fail(self, error: BackendError) -> list[TokenEvent]:

@@ -159,6 +159,7 @@ class Balance(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         self.engine.check()
+        assert self.engine.num_failed_steps == 0
         live = [seq for seq in self.sequences.values() if seq.finish_reason is None]
         assert self.engine.num_waiting + self.engine.num_running == len(live)
         assert self.engine.has_work == bool(live)
