@@ -55,4 +55,7 @@ async def answer(llm: AsyncLLM, reader: asyncio.StreamReader, writer: asyncio.St
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "bundle"))
+    try:
+        asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "bundle"))
+    except CaravanError as error:  # no bundle there, too little memory
+        sys.exit(f"error: {error}")

@@ -198,6 +198,10 @@ def _bias(value: object) -> dict[int, float]:
             f"logit_bias has {len(value)} entries, and {MAX_BIASED} at most", param="logit_bias"
         )
     for token_id, bias in value.items():
+        if not isinstance(token_id, int) or isinstance(token_id, bool):
+            raise RequestError(
+                f"logit_bias must map token ids, not {token_id!r:.80}", param="logit_bias"
+            )
         _check_int("logit_bias", token_id, 0, 2**31 - 1)
         _check_float("logit_bias", bias, -100.0, 100.0)
     return dict(value)
