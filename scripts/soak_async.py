@@ -144,16 +144,18 @@ def soak(llm: AsyncLLM, requests: int, seed: int, say: Callable[[str], None]) ->
         say: told the figures while it runs.
     """
     use, started, points = AsyncSoak(llm, seed), time.monotonic(), []
-    for sample in range(SAMPLES + 1):
-        asyncio.run(use.use(int(requests * (0.1 + 0.9 * sample / SAMPLES))))
-        while llm.stats().running or llm.stats().waiting:
-            time.sleep(0.001)
-        gc.collect()
-        points.append((use.figures.requests, private_bytes(), sys.getallocatedblocks()))
-        say(
-            f"{points[-1][0]:7,} requests  {points[-1][1] / 1e6:9.1f} MB private  "
-            f"{points[-1][2]:9,} Python blocks"
-        )
+    # One loop throughout, and so the same threads: each new one may take memory of its own.
+    with asyncio.Runner() as runner:
+        for sample in range(SAMPLES + 1):
+            runner.run(use.use(int(requests * (0.1 + 0.9 * sample / SAMPLES))))
+            while llm.stats().running or llm.stats().waiting:
+                time.sleep(0.001)
+            gc.collect()
+            points.append((use.figures.requests, private_bytes(), sys.getallocatedblocks()))
+            say(
+                f"{points[-1][0]:7,} requests  {points[-1][1] / 1e6:9.1f} MB private  "
+                f"{points[-1][2]:9,} Python blocks"
+            )
     done, held, blocks = (np.array(column, float) for column in zip(*points, strict=True))
     use.figures.seconds = time.monotonic() - started
     use.figures.bytes_per_request = float(np.polyfit(done, held, 1)[0])
