@@ -20,11 +20,11 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
+from llama_runtime.arguments import Message, as_list, is_list, wrong_type
 from llama_runtime.async_calls import Call, Deadline, Item, Source, settled
 from llama_runtime.async_stream import AsyncStream
 from llama_runtime.completion import Completion, Prompt
 from llama_runtime.errors import RequestError
-from llama_runtime.llm import Message, _as_list, _is_list, _wrong_type
 from llama_runtime.loading import DEFAULT_MAX_BATCH, in_range, load
 from llama_runtime.params import SamplingParams
 from llama_runtime.prompt_encoder import PromptEncoder
@@ -175,7 +175,7 @@ class AsyncLLM:
             BackendError: the graph failed.
             CaravanError: the LLM drains or is closed, or was loaded by the parent process.
         """
-        return await self._gather(_as_list(prompts), self._source, params, timeout)
+        return await self._gather(as_list(prompts), self._source, params, timeout)
 
     async def chat(
         self,
@@ -198,10 +198,8 @@ class AsyncLLM:
             CaravanError: as for ``generate``; or the bundle has no chat template, or the template
                 refuses the messages.
         """
-        if not _is_list(conversations):
-            raise _wrong_type(
-                "conversations", "a list of messages, or of such lists", conversations
-            )
+        if not is_list(conversations):
+            raise wrong_type("conversations", "a list of messages, or of such lists", conversations)
         one = not conversations or isinstance(conversations[0], Mapping)
         several: Seq[Any] = [conversations] if one else conversations
         return await self._gather(several, self._chat_source, params, timeout)
@@ -282,7 +280,7 @@ class AsyncLLM:
     ) -> AsyncStream:
         params = self.default_params if params is None else params
         if not isinstance(params, SamplingParams):
-            raise _wrong_type("params", "SamplingParams", params)
+            raise wrong_type("params", "SamplingParams", params)
         return AsyncStream(self._worker, source, params, Deadline(timeout), owner=self)
 
     async def _gather(
@@ -302,21 +300,21 @@ class AsyncLLM:
     ) -> Seq[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
             return [params or self.default_params] * count
-        if not _is_list(params):
-            raise _wrong_type("params", "SamplingParams, or a list of them", params)
+        if not is_list(params):
+            raise wrong_type("params", "SamplingParams, or a list of them", params)
         if len(params) != count:
             raise RequestError(f"{count} prompts with {len(params)} parameters", param="params")
         for one in params:
             if not isinstance(one, SamplingParams):
-                raise _wrong_type("params", "SamplingParams, or a list of them", one)
+                raise wrong_type("params", "SamplingParams, or a list of them", one)
         return params
 
     def _source(self, prompt: Prompt) -> Source:
         """A prompt as token ids, or what makes them of text."""
         if isinstance(prompt, str):
             return partial(self._encoder.encode, prompt, max_len=self.max_len)
-        if not _is_list(prompt):
-            raise _wrong_type("prompt", "a list of whole numbers, or text", prompt)
+        if not is_list(prompt):
+            raise wrong_type("prompt", "a list of whole numbers, or text", prompt)
         return list(prompt)
 
     def _chat_source(self, messages: Seq[Message]) -> Source:

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import count
-from numbers import Integral
 from types import TracebackType
 from typing import Literal
 
+from llama_runtime.arguments import Message, as_list, is_list, wrong_type
 from llama_runtime.completion import Completion, Prompt, Request
 from llama_runtime.errors import RequestError
 from llama_runtime.loading import DEFAULT_MAX_BATCH, load, opened, plan
@@ -27,8 +27,6 @@ from llama_runtime.prompt_encoder import PromptEncoder
 from llama_runtime.sequence import Sequence
 from llama_runtime.shared_engine import Inbox, SharedEngine, Stats
 from llama_runtime.token_stream import TokenStream
-
-Message = Mapping[str, object]
 
 
 class LLM:
@@ -114,11 +112,11 @@ class LLM:
             RequestError: a prompt or parameter is wrong.
             BackendError: the graph failed.
         """
-        several = _as_list(prompts)
+        several = as_list(prompts)
         if params is None or isinstance(params, SamplingParams):
             params = [params or self.default_params] * len(several)
-        if not _is_list(params):
-            raise _wrong_type("params", "SamplingParams, or a list of them", params)
+        if not is_list(params):
+            raise wrong_type("params", "SamplingParams, or a list of them", params)
         if len(params) != len(several):
             raise RequestError(
                 f"{len(several)} prompts with {len(params)} parameters", param="params"
@@ -158,8 +156,8 @@ class LLM:
         job = fresh_seed() if seed is None else seed
         if isinstance(prompts, str):
             raise RequestError("prompts must be a list of texts, not one text", param="prompts")
-        if not _is_list(prompts):
-            raise _wrong_type("prompts", "a list of texts", prompts)
+        if not is_list(prompts):
+            raise wrong_type("prompts", "a list of texts", prompts)
         rows = [replace(params, seed=row_seed(job, i)) for i in range(len(prompts))]
         return self.generate(list(prompts), rows)
 
@@ -181,10 +179,8 @@ class LLM:
             RequestError: as for ``generate``; or the bundle has no chat template, or the template
                 refuses the messages.
         """
-        if not _is_list(conversations):
-            raise _wrong_type(
-                "conversations", "a list of messages, or of such lists", conversations
-            )
+        if not is_list(conversations):
+            raise wrong_type("conversations", "a list of messages, or of such lists", conversations)
         one = not conversations or isinstance(conversations[0], Mapping)
         several = [conversations] if one else conversations
         return self.generate([self.chat_prompt(messages) for messages in several], params)  # type: ignore[arg-type]
@@ -286,8 +282,8 @@ class LLM:
 
     def _add(self, request: Request, inbox: Inbox) -> list[Sequence]:
         prompt = request.prompt
-        if not isinstance(prompt, str) and not _is_list(prompt):
-            raise _wrong_type("prompt", "a list of whole numbers, or text", prompt)
+        if not isinstance(prompt, str) and not is_list(prompt):
+            raise wrong_type("prompt", "a list of whole numbers, or text", prompt)
         token_ids = (
             self._encoder.encode(prompt, max_len=self.max_len)
             if isinstance(prompt, str)
@@ -296,31 +292,11 @@ class LLM:
         return self._engine.add(token_ids, request.params, inbox)
 
 
-def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
-    """A list of prompts, also from a single one."""
-    if not isinstance(prompts, str) and not _is_list(prompts):
-        raise _wrong_type("prompts", "a text, a list of token ids, or a list of either", prompts)
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _is_list(value: object) -> bool:
-    """Whether it has items in order; bytes have, but are no token ids and no text."""
-    if isinstance(value, (str, bytes, bytearray, memoryview, Mapping)):
-        return False
-    return hasattr(value, "__len__") and hasattr(value, "__getitem__")
-
-
 def _checked(requests: Iterable[Request | None]) -> Iterator[Request | None]:
     """The same, sure to be nothing else."""
     if not hasattr(requests, "__iter__"):
-        raise _wrong_type("requests", "an iterable of Request objects", requests)
+        raise wrong_type("requests", "an iterable of Request objects", requests)
     for request in requests:
         if request is not None and not isinstance(request, Request):
-            raise _wrong_type("requests", "Request objects, or None", request)
+            raise wrong_type("requests", "Request objects, or None", request)
         yield request
-
-
-def _wrong_type(param: str, wanted: str, value: object) -> RequestError:
-    return RequestError(f"{param} must be {wanted}, not {type(value).__name__}", param=param)
