@@ -4,12 +4,14 @@ A dialect is a function from the packed projections of one layer and its cache t
 result and the cache after the step. ``eager_attention`` is plain torch and the reference that
 parity is measured against; ``slots_attention`` emits the operator that ONNX Runtime's CPU runs.
 Both take the inputs of the ``slots`` contract, so the same arrays drive either.
+``paged_attention`` emits the operator that ONNX Runtime's CUDA provider runs.
 
 Shape letters are those of ``llama_runtime.contract``; W = (H + 2K)·D.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,13 +22,23 @@ from llama_decoder.config import LlamaConfig
 
 
 class SlotInputs(NamedTuple):
-    """Where the packed tokens of a step live: the contract's inputs between ids and cache."""
+    """Where the packed tokens of a step live, in ``slots``."""
 
     unpack: Tensor  # int64 [B, S]
     pack: Tensor  # int64 [N]
     seqlens_k: Tensor  # int32 [B]
     query_seqlens: Tensor  # int32 [B]
     total_sequence_length: Tensor  # int32 []
+
+
+class PagedInputs(NamedTuple):
+    """Where the packed tokens of a step live, in ``paged``."""
+
+    cumulative_sequence_length: Tensor  # int32 [B+1]
+    past_seqlens: Tensor  # int32 [B]
+    block_table: Tensor  # int32 [B, P]
+    slot_mapping: Tensor  # int32 [N]
+    attention_metadata: Tensor  # int32 [3], in CPU memory
 
 
 class Attention(Protocol):
@@ -38,7 +50,7 @@ class Attention(Protocol):
         qkv: Tensor,
         past_key: Tensor,
         past_value: Tensor,
-        slots: SlotInputs,
+        places: Sequence[Tensor],
         cos: Tensor,
         sin: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,9 +59,9 @@ class Attention(Protocol):
         Args:
             config: the model's numbers.
             qkv: [N, W], query, key and value rows of the packed tokens, before RoPE.
-            past_key: [B, K, C, D], the layer's keys, RoPE applied.
-            past_value: [B, K, C, D].
-            slots: where each packed token belongs.
+            past_key: the layer's keys, RoPE applied, with the axes that the dialect gives a cache.
+            past_value: the layer's values.
+            places: where each packed token belongs: the contract's inputs between ids and cache.
             cos: [positions, D/2].
             sin: [positions, D/2].
 
@@ -63,7 +75,7 @@ def slots_attention(
     qkv: Tensor,
     past_key: Tensor,
     past_value: Tensor,
-    slots: SlotInputs,
+    places: Sequence[Tensor],
     cos: Tensor,
     sin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,6 +83,7 @@ def slots_attention(
 
     Source: the operator's schema in ONNX Runtime 1.32 (docs/ContribOperators.md).
     """
+    slots = SlotInputs(*places)
     cells = F.embedding(slots.unpack, qkv)  # [B, S, W], spelled so that it exports as one Gather
     num_slots, width = slots.unpack.shape
     attended_size = config.num_heads * config.head_dim
@@ -100,16 +113,63 @@ def slots_attention(
     return attended.reshape(-1, attended_size).index_select(0, slots.pack), key, value
 
 
+def paged_attention(
+    config: LlamaConfig,
+    qkv: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    places: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Emit com.microsoft.PagedAttention, RoPE and cache write inside; see ``Attention``.
+
+    Source: the operator's schema in ONNX Runtime 1.31 (docs/ContribOperators.md).
+    """
+    paged = PagedInputs(*places)
+    inputs: list[Tensor | None] = [None] * 17
+    inputs[0] = qkv
+    inputs[3:11] = [
+        past_key,
+        past_value,
+        paged.cumulative_sequence_length,
+        paged.past_seqlens,
+        paged.block_table,
+        cos,
+        sin,
+        paged.slot_mapping,
+    ]
+    inputs[16] = paged.attention_metadata
+    attended, key, value = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::PagedAttention",
+        inputs,
+        attrs={
+            "num_heads": config.num_heads,
+            "kv_num_heads": config.num_kv_heads,
+            "do_rotary": 1,
+        },
+        dtypes=(qkv.dtype, past_key.dtype, past_value.dtype),
+        shapes=(
+            (qkv.shape[0], config.num_heads * config.head_dim),
+            past_key.shape,
+            past_value.shape,
+        ),
+        version=1,
+    )
+    return attended, key, value
+
+
 def eager_attention(
     config: LlamaConfig,
     qkv: Tensor,
     past_key: Tensor,
     past_value: Tensor,
-    slots: SlotInputs,
+    places: Sequence[Tensor],
     cos: Tensor,
     sin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend in plain torch; see ``Attention``. The cache that comes in is left as it was."""
+    slots = SlotInputs(*places)
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     num_slots, width = slots.unpack.shape
     capacity = past_key.shape[2]

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llama_decoder.attention import Attention, SlotInputs, eager_attention
+from llama_decoder.attention import Attention, eager_attention
 from llama_decoder.config import LlamaConfig
 from llama_decoder.rope import rope_tables
 from llama_runtime.contract import MAX_CHUNK
 
-KeyValue = tuple[Tensor, Tensor]  # each [B, K, C, D]
+KeyValue = tuple[Tensor, Tensor]  # with the axes that the dialect gives a cache
 
 
 class SelfAttention(nn.Module):
@@ -36,10 +36,11 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, past: KeyValue, slots: SlotInputs, cos: Tensor, sin: Tensor
+        self, x: Tensor, past: KeyValue, places: Sequence[Tensor], cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, KeyValue]:
         """[N, E] -> [N, E] and the cache after the step."""
-        attended, key, value = self.attention(self.config, self.qkv_proj(x), *past, slots, cos, sin)
+        qkv = self.qkv_proj(x)
+        attended, key, value = self.attention(self.config, qkv, *past, places, cos, sin)
         return self.o_proj(attended), (key, value)
 
 
@@ -69,10 +70,10 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(config)
 
     def forward(
-        self, x: Tensor, past: KeyValue, slots: SlotInputs, cos: Tensor, sin: Tensor
+        self, x: Tensor, past: KeyValue, places: Sequence[Tensor], cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, KeyValue]:
         """[N, E] -> [N, E] and the cache after the step."""
-        attended, present = self.self_attn(self.input_layernorm(x), past, slots, cos, sin)
+        attended, present = self.self_attn(self.input_layernorm(x), past, places, cos, sin)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), present
 
@@ -113,23 +114,24 @@ class LlamaDecoder(nn.Module):
         self,
         input_ids: Tensor,
         logits_rows: Tensor,
-        unpack: Tensor,
-        pack: Tensor,
-        seqlens_k: Tensor,
-        query_seqlens: Tensor,
-        total_sequence_length: Tensor,
+        places: Sequence[Tensor],
         past_key_values: Sequence[KeyValue],
     ) -> tuple[Tensor, list[KeyValue]]:
-        """One step, arguments and results in the order of ``llama_runtime.contract.SLOTS``.
+        """One step, arguments and results in the order of the dialect.
+
+        Args:
+            input_ids: int64 [N].
+            logits_rows: int64 [R].
+            places: the dialect's further inputs.
+            past_key_values: each layer's keys and values before the step.
 
         Returns:
-            Logits float32 [R, V], and each layer's keys and values after the step.
+            Logits [R, V], and each layer's keys and values after the step.
         """
-        slots = SlotInputs(unpack, pack, seqlens_k, query_seqlens, total_sequence_length)
         x = self.model.embed_tokens(input_ids)  # [N, E]
         presents = []
         for layer, past in zip(self.model.layers, past_key_values, strict=True):
-            x, present = layer(x, past, slots, self.rope_cos, self.rope_sin)
+            x, present = layer(x, past, places, self.rope_cos, self.rope_sin)
             presents.append(present)
         x = self.model.norm(x.index_select(0, logits_rows))  # [R, E]: the head sees only these
         head = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head

@@ -8,6 +8,7 @@ Axis letters mean the same everywhere in the project:
     B slots in it     N packed tokens     S widest chunk of the step    R rows that need logits
     K KV heads        H query heads       D head dimension              E hidden size
     V vocabulary      C cache capacity    L layers
+    M blocks of the cache                 G tokens of a block           P columns of a block table
 
 Every forward takes packed tokens: the new tokens of the sequences in it, back to back and without
 padding. Only attention sees slots.
@@ -15,10 +16,12 @@ padding. Only attention sees slots.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-DType = Literal["float32", "float64", "int64", "int32", "bool"]
+DType = Literal[
+    "float32", "float64", "float16", "bfloat16", "float8e4m3fn", "int64", "int32", "bool"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +75,23 @@ class Dialect:
         inputs: the inputs before the cache, in graph order.
         cache_axes: axes of every key and value tensor.
         cache_dtype: their element type.
+        logits_dtype: element type of the logits, which is that of the activations.
     """
 
     name: str
     inputs: tuple[TensorSpec, ...]
     cache_axes: tuple[str, ...]
     cache_dtype: DType
+    logits_dtype: DType
+
+    @property
+    def logits(self) -> TensorSpec:
+        """The first output."""
+        return TensorSpec(LOGITS, self.logits_dtype, ("R", "V"), "scores of the next token")
+
+    def typed(self, dtype: DType, cache: DType | None = None) -> Dialect:
+        """The same with another type of activations, and of keys and values if it is their own."""
+        return replace(self, cache_dtype=cache or dtype, logits_dtype=dtype)
 
     def cache_inputs(self, num_layers: int) -> tuple[TensorSpec, ...]:
         """Key then value of every layer, as they enter the graph."""
@@ -95,7 +109,7 @@ class Dialect:
         )
 
 
-LOGITS = TensorSpec("logits", "float32", ("R", "V"), "scores of the next token")
+LOGITS = "logits"
 
 SLOTS = Dialect(
     name="slots",
@@ -117,9 +131,40 @@ SLOTS = Dialect(
     ),
     cache_axes=("B", "K", "C", "D"),
     cache_dtype="float32",
+    logits_dtype="float32",
 )
 
-DIALECTS = {dialect.name: dialect for dialect in (SLOTS,)}
+PAGED = Dialect(
+    name="paged",
+    inputs=(
+        TensorSpec("input_ids", "int64", ("N",), "packed new tokens"),
+        TensorSpec("logits_rows", "int64", ("R",), "packed rows that need logits"),
+        TensorSpec(
+            "cumulative_sequence_length",
+            "int32",
+            ("B+1",),
+            "packed row at which each sequence's new tokens begin, and their end",
+        ),
+        TensorSpec("past_seqlens", "int32", ("B",), "cached tokens before this step"),
+        TensorSpec("block_table", "int32", ("B", "P"), "blocks of each sequence, in order"),
+        TensorSpec(
+            "slot_mapping", "int32", ("N",), "cell of the cache that each token goes to; -1: none"
+        ),
+        TensorSpec(
+            "attention_metadata",
+            "int32",
+            ("3",),
+            "in CPU memory: no sequence has more new tokens, more in all, or fewer in all",
+        ),
+    ),
+    cache_axes=("M", "G", "K", "D"),
+    cache_dtype="float16",
+    logits_dtype="float16",
+)
+
+CACHE_ITEM_BYTES: dict[DType, int] = {"float16": 2, "bfloat16": 2, "float8e4m3fn": 1}  # of PAGED
+
+DIALECTS = {dialect.name: dialect for dialect in (SLOTS, PAGED)}
 
 # The rules that make a sequence's logits the same bits in any company on ONNX Runtime's CPU
 # kernels (docs/architecture.md gives the reason of each, tests/laws breaks each once).

@@ -23,7 +23,10 @@ MAX_DIMENSIONS = 8
 
 # What the exporter emits, by domain. None makes a constant of what isn't one, as Shape would:
 # ONNX Runtime computes with constants while it loads.
-_DECODER = {"Add", "Gather", "Gemm", "Mul", "RMSNormalization", "Reshape", "Sigmoid", "Split"}
+_DECODER = {
+    *("Add", "Gather", "Gemm", "MatMul", "Mul", "RMSNormalization", "Reshape", "Sigmoid", "Split"),
+    "SimplifiedLayerNormalization",
+}
 _SAMPLER = {
     *("TopK", "Softmax", "CumSum", "ReduceSum", "GatherElements", "GatherND", "Slice", "Pad"),
     *("Add", "Sub", "Mul", "Div", "Log", "Min", "Cast", "Reshape", "Where"),
@@ -31,7 +34,14 @@ _SAMPLER = {
 }
 OPERATORS = {
     "": frozenset(_DECODER | _SAMPLER),
-    "com.microsoft": frozenset({"GroupQueryAttention"}),
+    "com.microsoft": frozenset(
+        {
+            "GroupQueryAttention",
+            "MatMulNBits",
+            "PagedAttention",
+            "SkipSimplifiedLayerNormalization",
+        }
+    ),
 }
 
 # Bits of one element, by the number of the type in onnx.proto.

@@ -66,7 +66,7 @@ def run_in_chunks(decoder: LlamaDecoder, ids: torch.Tensor, sizes: list[int]) ->
     for size in sizes:
         inputs = one_slot(start, size, 1, 3)
         rows = torch.arange(size)
-        out, cache = decoder(ids[start : start + size], rows, *inputs, cache)
+        out, cache = decoder(ids[start : start + size], rows, inputs, cache)
         logits.append(out)
         start += size
     assert start == len(ids)
@@ -95,7 +95,7 @@ def test_decoder_leaves_the_incoming_cache_as_it_was(
     decoder, _ = pair
     cache = decoder.empty_cache(3, capacity=8)
     ids = torch.arange(4)
-    _, present = decoder(ids, torch.tensor([3]), *one_slot(0, 4, 1, 3), cache)
+    _, present = decoder(ids, torch.tensor([3]), one_slot(0, 4, 1, 3), cache)
     assert not any(tensor.any() for layer in cache for tensor in layer)
     for key, value in present:
         assert key[1, :, :4].any()
