@@ -17,6 +17,7 @@ from llama_runtime.backends.fake import Fake
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.bundle import Bundle
 from llama_runtime.contract import SLOTS, cache_capacity
+from llama_runtime.slots_engine import slots_engine
 from llama_runtime.step_batch import Step
 from llama_runtime.token_bytes import TokenBytes
 from llama_runtime.tokenizer import Tokenizer
@@ -162,7 +163,7 @@ def _open(path: Path) -> tuple[Bundle, TokenBytes]:
 def _engine(
     backend: Backend, bundle: Bundle, table: TokenBytes, max_len: int, *, refill: bool = True
 ) -> Engine:
-    return Engine(
+    return slots_engine(
         backend,
         table,
         eos_token_ids=(),

@@ -21,6 +21,7 @@ from llama_runtime.backends.fake import Fake
 from llama_runtime.backends.ort_sampler import OrtSampler
 from llama_runtime.contract import cache_capacity
 from llama_runtime.sampling import Int64s, Kernels, Logits, Reference
+from llama_runtime.slots_engine import slots_engine
 from llama_runtime.step_batch import Step
 from llama_runtime.tokenizer import Tokenizer
 from scripts.bench_clock import seconds
@@ -216,7 +217,7 @@ def _params(number: int) -> SamplingParams:
 
 
 def _engine(tokenizer: Path, backend: Any, num_slots: int, kernels: Kernels) -> Engine:
-    return Engine(
+    return slots_engine(
         backend,
         Tokenizer(tokenizer).byte_table,
         (),

@@ -14,6 +14,7 @@ from llama_runtime.backends.fake import Fake
 from llama_runtime.contract import MIN_CHUNK, cache_capacity
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
+from llama_runtime.slots_engine import slots_engine
 from llama_runtime.step_batch import Step
 
 VOCAB_SIZE, MAX_LEN = 97, 160
@@ -78,7 +79,7 @@ def watched_engine(max_batch: int = 2) -> tuple[Engine, Watched]:
     tokenizer = Tokenizer(models.BPE({"a": 0}, []))
     tokenizer.decoder = decoders.ByteLevel()
     backend = Watched(max_batch, cache_capacity(MAX_LEN, MIN_CHUNK), VOCAB_SIZE)
-    engine = Engine(
+    engine = slots_engine(
         backend,
         TokenBytes(tokenizer),
         (),

@@ -6,24 +6,21 @@ time. ``LLM`` is the comfortable way in.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import deque
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import suppress
+from itertools import count
 from operator import attrgetter, index
 from typing import NamedTuple
 
-import numpy as np
-
-from llama_runtime.backends.base import Backend
+from llama_runtime.backends.base import Launched, Runner
 from llama_runtime.detokenizer import Detokenizer, TokenBytes
 from llama_runtime.errors import BackendError, CapacityError, CaravanError, RequestError
-from llama_runtime.kv_cache import SlotCache
 from llama_runtime.params import SamplingParams, fresh_seed
-from llama_runtime.sampler import Sampler
-from llama_runtime.sampling import NOT_FINITE, Kernels, Logits, Reference, sampling_kind
+from llama_runtime.sampling import NOT_FINITE, sampling_kind
 from llama_runtime.scheduler import Chunk, Scheduler
 from llama_runtime.sequence import FinishReason, Sequence, TokenLogprob
-from llama_runtime.step_batch import Step, StepBatch
 from llama_runtime.stop_texts import StopTexts
 from llama_runtime.stopping import finish_reason, reached_min_tokens
 
@@ -54,16 +51,13 @@ class Engine:
     """Add sequences, step, read events.
 
     Args:
-        backend: runs the graph; the engine owns and closes it.
+        runner: runs steps; the engine owns and closes it.
+        scheduler: picks what runs in a step, over a cache that is the engine's from now on.
         token_bytes: the vocabulary as bytes, for the text of events.
         eos_token_ids: every end token of the model.
         vocab_size: V; ids beyond it are refused.
-        max_batch: B, sequences that run at once.
         max_len: the most tokens of one sequence, prompt and completion.
-        prompt_budget: the most prompt tokens of one step.
-        max_chunk: the most prompt tokens of one sequence in one step.
-        refill: False gives fixed batches, for comparison.
-        kernels: what chooses tokens; None computes in numpy.
+        ids: numbers for sequences; several engines that share it never give out one twice.
 
     Attributes:
         failure: why it has stopped, or None.
@@ -72,40 +66,37 @@ class Engine:
 
     def __init__(
         self,
-        backend: Backend,
+        runner: Runner,
+        scheduler: Scheduler,
         token_bytes: TokenBytes,
         eos_token_ids: Collection[int],
         *,
         vocab_size: int,
-        max_batch: int,
         max_len: int,
-        prompt_budget: int,
-        max_chunk: int,
-        refill: bool = True,
-        kernels: Kernels | None = None,
+        ids: Iterator[int] | None = None,
     ) -> None:
         self.max_len = max_len
         self.failure: BackendError | None = None
         self.num_failed_steps = 0
         self.closed = False
-        self._backend = backend
+        self._runner = runner
+        self._scheduler = scheduler
+        self._cache = scheduler.cache
         self._token_bytes = token_bytes
         self._eos_token_ids = frozenset(eos_token_ids)
         self._vocab_size = vocab_size
-        self._cache = SlotCache(max_batch, max_len)
-        self._scheduler = Scheduler(
-            self._cache, prompt_budget=prompt_budget, max_chunk=max_chunk, refill=refill
-        )
-        self._step_batch = StepBatch(max_batch, prompt_budget, backend.row_multiple)
-        self._sampler = Sampler(kernels or Reference(), self._eos_token_ids)
         self._sequences: dict[int, Sequence] = {}
+        self._in_flight: deque[_InFlight] = deque()  # one or two, where the runner overlaps
+        self._refused: tuple[Seq[Chunk], Exception] | None = None  # what could not be launched
+        self._events: list[TokenEvent] = []  # untold, until a step ends or after an interrupt
         self._doubtful = False  # whether the last forward failed, and one sequence got the blame
-        self._next_id = 0
+        self._ids = count() if ids is None else ids
 
     @property
     def has_work(self) -> bool:
         """Whether a sequence waits or runs, so that a step would move something."""
-        return bool(self._sequences)
+        untold = bool(self._sequences or self._events)
+        return untold or any(step.leaving for step in self._in_flight)
 
     @property
     def num_waiting(self) -> int:
@@ -117,10 +108,25 @@ class Engine:
         """Sequences that hold a slot."""
         return len(self._scheduler.running)
 
+    @property
+    def num_slots(self) -> int:
+        """Sequences that can run at once."""
+        return self._cache.num_slots
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a sequence that is added now would run in the next step, memory allowing."""
+        return not self._scheduler.waiting and self._cache.num_free > 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether ``collect`` would not wait."""
+        return not self._in_flight or self._in_flight[0].launched.ready
+
     def add(
         self, prompt_token_ids: Seq[int], params: SamplingParams, *, sample: int = 0
     ) -> Sequence:
-        """Queue a prompt.
+        """Queue a prompt; ``prepare`` and ``enqueue`` in one.
 
         Args:
             prompt_token_ids: at least one token.
@@ -136,6 +142,14 @@ class Engine:
             BackendError: an earlier step failed and the engine has stopped.
             CaravanError: the engine is closed.
         """
+        seq = self.prepare(prompt_token_ids, params, sample=sample)
+        self.enqueue(seq)
+        return seq
+
+    def prepare(
+        self, prompt_token_ids: Seq[int], params: SamplingParams, *, sample: int = 0
+    ) -> Sequence:
+        """The sequence of a prompt, checked and not yet queued; see ``add``."""
         if self.failure is not None:
             raise BackendError(f"the engine has stopped: {self.failure}") from self.failure
         if self.closed:
@@ -149,8 +163,8 @@ class Engine:
         token_ids = self._checked_prompt(prompt_token_ids, params)
         self._check_ids("stop_token_ids", params.stop_token_ids)
         self._check_ids("logit_bias", params.logit_bias)
-        seq = Sequence(
-            id=self._next_id,
+        return Sequence(
+            id=next(self._ids),
             token_ids=token_ids,
             num_prompt_tokens=len(token_ids),
             params=params,
@@ -160,30 +174,78 @@ class Engine:
             sample=sample,
             kind=sampling_kind(params),
         )
-        self._next_id += 1
+
+    def enqueue(self, seq: Sequence) -> None:
+        """Queue a sequence of ``prepare``, of this engine or of one like it."""
         self._sequences[seq.id] = seq
         self._scheduler.add(seq)
-        return seq
+
+    def start(self, seq: Sequence) -> bool:
+        """Give a sequence of ``prepare`` its slot at once; False if it would have to wait for it.
+
+        It runs in the next step, and ``num_running`` counts it already.
+        """
+        if not self.has_room or not self._cache.fits(seq):
+            return False
+        self._sequences[seq.id] = seq
+        self._cache.allocate(seq)
+        self._scheduler.running.append(seq)
+        return True
 
     def step(self) -> list[TokenEvent]:
         """Run one forward; one event for each sequence that got a token or ended.
 
-        A row whose logits aren't finite ends its own sequence. If a forward fails, each of its
-        sequences runs alone, and those that fail then end with their own error; if none runs, every
-        sequence ends with the same error and the engine has stopped.
+        Where the runner overlaps, a forward is launched and the events are those of the one before
+        it, so the first call may give none.
+
+        A row whose logits aren't finite ends its own sequence. If a forward can't be launched, each
+        of its sequences runs alone, and those that fail then end with their own error; if none
+        runs, or one fails that was launched, every sequence ends with the same error and the engine
+        has stopped.
         """
+        return self.collect() if self.launch() else []
+
+    def launch(self) -> bool:
+        """The first half of a step: queue a forward, unless one waits behind another already.
+
+        Returns:
+            Whether it is time to collect; not if the only forward in flight has just begun, behind
+            which the next one should be queued first.
+        """
+        due = bool(self._in_flight or self._events) or not self._runner.overlaps
+        if self._refused is not None or len(self._in_flight) > self._runner.overlaps:
+            return True
         chunks = self._scheduler.schedule()
-        if not chunks:
-            return []
         chunks.sort(key=attrgetter("seq.kind"))
+        if chunks:
+            try:
+                self._launch(chunks)
+            except Exception as error:
+                self._refused = chunks, error
+                return True
+        return due
+
+    def collect(self) -> list[TokenEvent]:
+        """The other half: wait for the oldest forward, and say what it came to."""
         try:
-            events = self._forward(chunks)
+            if self._in_flight:
+                self._collect()
+            if self._refused is not None and not self._in_flight and self.failure is None:
+                (chunks, refusal), self._refused = self._refused, None
+                self._isolate(chunks, refusal)
         except Exception as error:
-            events = self._isolate(chunks, error)
-        return events if self.failure is None else events + self._fail(self.failure)
+            self.failure = _backend_error(error)
+        if self.failure is not None:
+            self._fail(self.failure)
+        events, self._events = self._events, []
+        return events
 
     def abort(self, sequence_id: int) -> None:
-        """End a sequence now and free its slot; unknown and ended ones are ignored."""
+        """End a sequence now, and free its slot when no forward of it is in flight any more.
+
+        It has no more events. Unknown and ended ones are ignored.
+        """
+        self._events = [event for event in self._events if event.sequence_id != sequence_id]
         seq = self._sequences.get(sequence_id)
         if seq is not None:
             self._end(seq, "abort")
@@ -196,9 +258,9 @@ class Engine:
         """
         self._cache.check()
         held = self.num_waiting + self.num_running
-        if held != len(self._sequences) or self.num_running + self._cache.num_free != (
-            self._cache.num_slots
-        ):
+        leaving = sum(len(step.leaving) for step in self._in_flight)
+        slots = self.num_running + leaving + self._cache.num_free
+        if held != len(self._sequences) or slots != self._cache.num_slots:
             raise RuntimeError(f"{len(self._sequences)} sequences, but {held} wait or run")
 
     def close(self) -> None:
@@ -207,8 +269,8 @@ class Engine:
             self.abort(sequence_id)
         if not self.closed:
             self.closed = True
-            self._backend.close()
-            del self._sampler  # and its graph
+            self._drop_in_flight()
+            self._runner.close()
 
     def _checked_prompt(self, prompt: Seq[int], params: SamplingParams) -> list[int]:
         try:
@@ -217,15 +279,15 @@ class Engine:
             raise RequestError(
                 "a prompt of tokens must be a list of whole numbers", param="prompt"
             ) from None
-        count = len(token_ids)
-        if count == 0:
+        length = len(token_ids)
+        if length == 0:
             raise RequestError("the prompt is empty: it has no tokens", param="prompt")
-        if count + params.max_tokens > self.max_len:
+        if length + params.max_tokens > self.max_len:
             raise CapacityError(
-                f"{count} prompt tokens and max_tokens {params.max_tokens} need "
-                f"{count + params.max_tokens} tokens, over max_len {self.max_len}: "
+                f"{length} prompt tokens and max_tokens {params.max_tokens} need "
+                f"{length + params.max_tokens} tokens, over max_len {self.max_len}: "
                 "shorten the prompt, lower max_tokens or raise max_len",
-                param="max_tokens" if count < self.max_len else "prompt",
+                param="max_tokens" if length < self.max_len else "prompt",
             )
         self._check_ids("prompt", (min(token_ids), max(token_ids)))
         return token_ids
@@ -238,52 +300,63 @@ class Engine:
                 param=param,
             )
 
-    def _forward(self, chunks: Seq[Chunk]) -> list[TokenEvent]:
-        """One forward; nothing has changed but the cache if it raises."""
-        step = self._step_batch.build(chunks)
-        logits = self._backend.run(step)
-        scored = self._score_prompts(step, logits)
+    def _launch(self, chunks: Seq[Chunk]) -> None:
+        """Begin one forward; nothing has changed but the cache if it raises."""
+        launched = self._runner.launch(chunks)
         sampled = [chunk.seq for chunk in chunks if chunk.samples]
-        token_ids, logprobs = self._sampler.sample(logits[: step.num_logits], sampled)
-        for chunk, prompt_logprobs in zip(chunks, scored, strict=True):
-            chunk.seq.cache_len += chunk.num_tokens
-            chunk.seq.prompt_logprobs += prompt_logprobs
-        self._doubtful = False
-        return [self._commit(*row) for row in zip(sampled, token_ids, logprobs, strict=True)]
+        self._in_flight.append(_InFlight(launched, chunks, sampled, []))
+        for seq in sampled:
+            seq.num_pending += 1
+        for chunk in chunks:
+            seq = chunk.seq
+            seq.cache_len += chunk.num_tokens
+            if seq.cache_len <= seq.num_prompt_tokens:
+                self._cache.computed(seq)
 
-    def _isolate(self, chunks: Seq[Chunk], error: Exception) -> list[TokenEvent]:
+    def _collect(self) -> None:
+        """What the oldest forward came to; a sequence that has ended meanwhile gets nothing of it.
+
+        An interrupt while it waits loses nothing: the forward can be asked again.
+        """
+        step = self._in_flight[0]
+        outcome = step.launched.result()
+        self._in_flight.popleft()
+        self._doubtful = False
+        if outcome.prompt_logprobs:
+            for chunk, scored in zip(step.chunks, outcome.prompt_logprobs, strict=True):
+                chunk.seq.prompt_logprobs += scored
+        rows = zip(step.sampled, outcome.token_ids, outcome.logprobs, strict=True)
+        for seq, token_id, logprob in rows:
+            seq.num_pending -= 1
+            if seq.finish_reason is None:
+                self._events.append(self._commit(seq, token_id, logprob))
+            elif token_id == NOT_FINITE:
+                self._clean(seq)
+        for seq in step.leaving:
+            self._cache.free(seq)
+
+    def _isolate(self, chunks: Seq[Chunk], error: Exception) -> None:
         """Find whose fault it was: what a chunk writes into the cache is the same again.
 
-        One that has nobody beside it to compare with is believed to be at fault, once.
+        One that has nobody beside it to compare with is believed to be at fault, once. Sequences
+        that have ended since the launch are out of it.
         """
         self.num_failed_steps += 1
-        events: list[TokenEvent] = []
-        failed = [(chunks[0], error)] if len(chunks) == 1 else []
-        for chunk in chunks if len(chunks) > 1 else ():
+        left = [chunk for chunk in chunks if chunk.seq.finish_reason is None]
+        failed = [(chunk, error) for chunk in left if len(chunks) == 1]
+        for chunk in left if len(chunks) > 1 else ():
             try:
-                events += self._forward([chunk])
+                self._launch([chunk])
             except Exception as own_error:
                 failed.append((chunk, own_error))
-        if len(failed) == len(chunks) and (self._doubtful or len(chunks) > 1):
-            return self._fail(_backend_error(error))
-        self._doubtful = len(failed) == len(chunks)
-        return events + [self._end_in_error(chunk.seq, _backend_error(e)) for chunk, e in failed]
-
-    def _score_prompts(self, step: Step, logits: Logits) -> list[list[TokenLogprob | None]]:
-        """For each chunk, the log-probabilities of the prompt's tokens that follow its rows."""
-        scored: list[list[TokenLogprob | None]] = []
-        first = step.num_logits
-        for chunk in step.chunks:
-            seq, count = chunk.seq, chunk.num_scored
-            asked = seq.params.prompt_logprobs and seq.cache_len == 0
-            scored.append([None] if asked else [])
-            if count:
-                following = seq.token_ids[seq.cache_len + 1 : seq.cache_len + 1 + count]
-                rows = logits[first : first + count]
-                tops = [seq.params.top_logprobs] * count
-                scored[-1] += self._sampler.score(rows, np.array(following), tops)
-                first += count
-        return scored
+            else:
+                self._collect()  # which raises where nothing can be trusted any more
+        none_runs = 0 < len(failed) == len(left)
+        if none_runs and (self._doubtful or len(left) > 1):
+            self.failure = _backend_error(error)
+            return
+        self._doubtful = none_runs
+        self._events += [self._end_in_error(chunk.seq, _backend_error(e)) for chunk, e in failed]
 
     def _commit(self, seq: Sequence, token_id: int, logprob: TokenLogprob | None) -> TokenEvent:
         """Give a sequence its token; whatever goes wrong is its own affair."""
@@ -314,17 +387,19 @@ class Engine:
         return (text if reason is None else text + seq.stop_texts.finish()), reason
 
     def _end(self, seq: Sequence, reason: FinishReason) -> None:
+        """Let a sequence run no more; what it holds is free when no forward of it is in flight."""
         seq.finish_reason = reason
         del self._sequences[seq.id]
+        for step in reversed(self._in_flight):
+            if any(chunk.seq is seq for chunk in step.chunks):
+                self._scheduler.withdraw(seq)
+                step.leaving.append(seq)
+                return
         self._scheduler.remove(seq)
 
     def _end_in_error(self, seq: Sequence, error: BackendError) -> TokenEvent:
         """End a sequence whose part of the cache may hold anything."""
-        if seq.slot is not None and self.failure is None:
-            try:
-                self._backend.clean(seq.slot, seq.num_tokens)
-            except Exception as cleaning:
-                self.failure = _backend_error(cleaning)
+        self._clean(seq)
         self._end(seq, "error")
         text = ""
         with suppress(Exception):  # what has just failed may fail again
@@ -332,9 +407,35 @@ class Engine:
             text += seq.stop_texts.finish()
         return TokenEvent(seq.id, None, text, "error", error, sample=seq.sample)
 
-    def _fail(self, error: BackendError) -> list[TokenEvent]:
-        self.failure = error
-        return [self._end_in_error(seq, error) for seq in list(self._sequences.values())]
+    def _clean(self, seq: Sequence) -> None:
+        """Let nobody read what a sequence wrote."""
+        if seq.slot is not None and self.failure is None:
+            try:
+                self._cache.forget(seq)
+                self._runner.clean(seq)
+            except Exception as error:
+                self.failure = _backend_error(error)
+
+    def _drop_in_flight(self) -> None:
+        """Forget what was launched: nobody waits for it any more."""
+        leaving = [seq for step in self._in_flight for seq in step.leaving]
+        self._in_flight.clear()
+        self._refused = None
+        for seq in leaving:
+            self._cache.free(seq)
+
+    def _fail(self, error: BackendError) -> None:
+        self._drop_in_flight()
+        self._events += [self._end_in_error(seq, error) for seq in list(self._sequences.values())]
+
+
+class _InFlight(NamedTuple):
+    """A forward on its way, whose it is, and who has ended and leaves with it."""
+
+    launched: Launched
+    chunks: Seq[Chunk]
+    sampled: list[Sequence]
+    leaving: list[Sequence]
 
 
 def _backend_error(error: Exception) -> BackendError:

@@ -36,6 +36,16 @@ class SlotCache:
         """Slots that nobody holds."""
         return len(self._free)
 
+    def fits(self, seq: Sequence) -> bool:  # noqa: ARG002  one slot is as good as another
+        """Whether ``allocate`` would have room."""
+        return bool(self._free)
+
+    def computed(self, seq: Sequence) -> None:
+        """Nothing: the tokens of a slot are its sequence's own."""
+
+    def forget(self, seq: Sequence) -> None:
+        """Nothing, for the same reason."""
+
     def allocate(self, seq: Sequence) -> None:
         """Give the lowest free slot to a sequence; one must be free."""
         slot = heapq.heappop(self._free)
@@ -45,8 +55,9 @@ class SlotCache:
 
     def free(self, seq: Sequence) -> None:
         """Take a sequence's slot back."""
-        if seq.slot is None or self._owners.pop(seq.slot, None) is not seq:
+        if seq.slot is None or self._owners.get(seq.slot) is not seq:
             raise RuntimeError(f"sequence {seq.id} does not hold slot {seq.slot}")
+        del self._owners[seq.slot]
         heapq.heappush(self._free, seq.slot)
         seq.slot = None
 
@@ -60,7 +71,8 @@ class SlotCache:
         if slots != list(range(self.num_slots)):
             raise RuntimeError(f"slots don't balance: free {self._free}, owned {self._owners}")
         for slot, seq in self._owners.items():
-            if seq.slot != slot or not 0 <= seq.cache_len <= min(seq.num_tokens, self.max_len):
+            most = min(seq.num_tokens + seq.num_pending, self.max_len)
+            if seq.slot != slot or not 0 <= seq.cache_len <= most:
                 raise RuntimeError(f"slot {slot} is out of step with sequence {seq.id}")
 
 

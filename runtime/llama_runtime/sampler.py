@@ -49,7 +49,7 @@ class Sampler:
             if seq.edited:
                 edit(logits[i], seq, self._eos_token_ids)
         numbers = [
-            0.0 if seq.params.greedy else uniform(seq.seed, seq.sample, seq.num_completion_tokens)
+            0.0 if seq.params.greedy else uniform(seq.seed, seq.sample, seq.draw_index)
             for seq in seqs
         ]
         tokens = self._kernels.choose(logits, params, numbers)

@@ -10,7 +10,8 @@ still be through before a long one, with what that one can't use of the budget.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Protocol
 
 from llama_runtime.contract import (
     CHUNK_MULTIPLE,
@@ -20,25 +21,26 @@ from llama_runtime.contract import (
     last_chunk_start,
     max_logits_rows,
 )
-from llama_runtime.kv_cache import SlotCache
 from llama_runtime.sequence import Sequence
 
 
-class Chunk(NamedTuple):
+class Chunk:
     """The next tokens of one sequence.
 
-    Attributes:
+    Args:
         seq: a running sequence.
         num_tokens: how many of its tokens, from ``seq.cache_len`` on, run in this step.
+
+    Attributes:
+        samples: whether the chunk ends at the newest token, so that the next one is drawn from it.
     """
 
-    seq: Sequence
-    num_tokens: int
+    __slots__ = ("num_tokens", "samples", "seq")
 
-    @property
-    def samples(self) -> bool:
-        """Whether the chunk ends at the newest token, so that the next one is drawn from it."""
-        return self.seq.cache_len + self.num_tokens == self.seq.num_tokens
+    def __init__(self, seq: Sequence, num_tokens: int) -> None:
+        self.seq = seq
+        self.num_tokens = num_tokens
+        self.samples = seq.cache_len + num_tokens == len(seq.token_ids) + seq.num_pending
 
     @property
     def num_scored(self) -> int:
@@ -48,24 +50,65 @@ class Chunk(NamedTuple):
         return max(0, min(self.num_tokens, self.seq.num_prompt_tokens - 1 - self.seq.cache_len))
 
 
+class KVCache(Protocol):
+    """Who owns which part of the cache; ``SlotCache`` and ``PagedCache``."""
+
+    num_slots: int
+
+    @property
+    def num_free(self) -> int:
+        """Slots that nobody holds."""
+
+    def fits(self, seq: Sequence) -> bool:
+        """Whether ``allocate`` would have room."""
+
+    def allocate(self, seq: Sequence) -> None:
+        """Give a sequence its slot and all the cells that it may ever need."""
+
+    def computed(self, seq: Sequence) -> None:
+        """Learn that a step which fills the cache up to ``seq.cache_len`` has been launched."""
+
+    def forget(self, seq: Sequence) -> None:
+        """Let nobody share what a sequence wrote."""
+
+    def free(self, seq: Sequence) -> None:
+        """Take back what a sequence holds."""
+
+    def check(self) -> None:
+        """Raise a ``RuntimeError`` if it doesn't balance."""
+
+
 class Scheduler:
     """Waiting -> running, and whose tokens run next.
 
     Args:
-        cache: the slots that running sequences hold.
-        prompt_budget: the most prompt tokens of one step, at least 33, so that one always moves.
-        max_chunk: the most tokens of one prompt in one step, 33 to 512.
+        cache: what running sequences hold.
+        prompt_budget: the most prompt tokens of one step, so many that one always moves.
+        max_chunk: the most tokens of one prompt in one step.
         refill: whether a freed slot is given away before all others are free too; False gives
             the fixed batches that continuous batching is measured against.
+        cut: how much of a prompt runs next: ``next_chunk`` by the rules of ``slots``, or
+            ``any_chunk``.
+        max_cells: the most cells of a step of prompts, from its lowest slot to its highest; None
+            where a dialect has none.
     """
 
     def __init__(
-        self, cache: SlotCache, *, prompt_budget: int, max_chunk: int, refill: bool = True
+        self,
+        cache: KVCache,
+        *,
+        prompt_budget: int,
+        max_chunk: int,
+        refill: bool = True,
+        cut: Callable[[int, int, int], int] | None = None,
+        max_cells: int | None = MAX_CELLS,
     ) -> None:
-        if not MIN_CHUNK <= max_chunk <= MAX_CHUNK:
+        if cut is None and not MIN_CHUNK <= max_chunk <= MAX_CHUNK:
             raise ValueError(f"max_chunk must lie in {MIN_CHUNK} to {MAX_CHUNK}, not {max_chunk}")
-        if prompt_budget < MIN_CHUNK:
+        if cut is None and prompt_budget < MIN_CHUNK:
             raise ValueError(f"prompt_budget must be at least {MIN_CHUNK}, not {prompt_budget}")
+        self._cut = cut or next_chunk
+        self._max_cells = max_cells
         self.cache = cache
         self.prompt_budget = prompt_budget
         self.max_chunk = max_chunk
@@ -80,17 +123,21 @@ class Scheduler:
         self.waiting[seq] = None
 
     def remove(self, seq: Sequence) -> None:
-        """Forget a sequence that ended, wherever it is, and free its slot."""
+        """Forget a sequence that ended, wherever it is, and free what it holds."""
         if seq.slot is None:
             del self.waiting[seq]
         else:
-            self.running.remove(seq)
+            self.withdraw(seq)
             self.cache.free(seq)
+
+    def withdraw(self, seq: Sequence) -> None:
+        """Let a running sequence run no more; what it holds stays its own."""
+        self.running.remove(seq)
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step; empty only if nothing runs or waits."""
         self._admit()
-        decoding = [Chunk(seq, 1) for seq in self.running if seq.decodes]
+        decoding = [Chunk(seq, 1) for seq in self.running if seq.decodes and not seq.is_full]
         prompts = [] if decoding and not self._prompts_turn else self._prompt_chunks()
         self._prompts_turn = not prompts
         return prompts or decoding
@@ -106,11 +153,12 @@ class Scheduler:
             limit = min(budget, self.max_chunk)
             if seq.params.prompt_logprobs:
                 limit = min(limit, logits_rows)
-            num_tokens = next_chunk(seq.cache_len, seq.num_prompt_tokens, limit)
+            num_tokens = self._cut(seq.cache_len, seq.num_prompt_tokens, limit)
             width, low, high = max(width, num_tokens), min(low, seq.slot), max(high, seq.slot)
             chunk = Chunk(seq, num_tokens)
             logits_rows -= chunk.num_scored + chunk.samples
-            if num_tokens == 0 or (high - low + 1) * width > MAX_CELLS or logits_rows < 0:
+            cells = (high - low + 1) * width if self._max_cells else 0
+            if num_tokens == 0 or cells > (self._max_cells or 0) or logits_rows < 0:
                 break  # a later prompt must not overtake this one
             chunks.append(chunk)
             budget -= num_tokens
@@ -119,7 +167,7 @@ class Scheduler:
     def _admit(self) -> None:
         if not self.refill and self.running:
             return
-        while self.waiting and self.cache.num_free:
+        while self.waiting and self.cache.fits(next(iter(self.waiting))):
             seq, _ = self.waiting.popitem(last=False)
             self.cache.allocate(seq)
             self.running.append(seq)
@@ -144,3 +192,8 @@ def next_chunk(cache_len: int, num_prompt_tokens: int, limit: int) -> int:
         remaining = num_prompt_tokens - cache_len
         return remaining if remaining <= limit else 0
     return min(last - cache_len, limit // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
+
+
+def any_chunk(cache_len: int, num_prompt_tokens: int, limit: int) -> int:
+    """How many prompt tokens run next where a prompt may be cut anywhere; see ``next_chunk``."""
+    return min(num_prompt_tokens - cache_len, limit)

@@ -47,7 +47,9 @@ class Sequence:
         sample: which of the ``n`` completions of a request it is, from 0; the random stream's
             other key.
         kind: which branch of the sampler its rows take; see ``sampling_kind``.
-        cache_len: tokens whose keys and values are in the cache.
+        cache_len: tokens whose keys and values are in the cache, or will be when the steps that
+            were launched have run.
+        num_pending: tokens that were sampled by steps that were launched, and aren't known yet.
         slot: its row of the cache, None while it waits and after it ended.
         finish_reason: None while it goes on.
         logprobs: of the completion's tokens, if they are asked for.
@@ -55,6 +57,8 @@ class Sequence:
             which nothing precedes.
         counts: its tokens as the penalties need them.
         edited: whether its logits are changed before a token is chosen.
+        scored: whether log-probabilities are asked for, of the prompt or of the completion.
+        max_tokens: the most tokens it may have, prompt and completion.
     """
 
     id: int
@@ -67,18 +71,23 @@ class Sequence:
     sample: int = 0
     kind: int = 0
     cache_len: int = 0
+    num_pending: int = 0
     slot: int | None = None
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     counts: TokenCounts | None = field(init=False, default=None)
     edited: bool = field(init=False)
+    scored: bool = field(init=False)
+    max_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
         params = self.params
         if params.penalized:
             self.counts = TokenCounts(self.token_ids)
         self.edited = params.penalized or bool(params.logit_bias) or params.min_tokens > 0
+        self.scored = params.logprobs or params.prompt_logprobs
+        self.max_tokens = self.num_prompt_tokens + params.max_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -87,8 +96,13 @@ class Sequence:
 
     @property
     def num_completion_tokens(self) -> int:
-        """Tokens generated so far; also the index of the next draw in its random stream."""
+        """Tokens generated so far, those that are pending left out."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def draw_index(self) -> int:
+        """The index of the next draw in its random stream."""
+        return len(self.token_ids) + self.num_pending - self.num_prompt_tokens
 
     @property
     def completion_token_ids(self) -> list[int]:
@@ -98,7 +112,12 @@ class Sequence:
     @property
     def decodes(self) -> bool:
         """Whether its newest token alone is missing from the cache; also for a prompt of one."""
-        return self.cache_len == len(self.token_ids) - 1
+        return self.cache_len == len(self.token_ids) + self.num_pending - 1
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the pending tokens are its last ones, whatever they are."""
+        return len(self.token_ids) + self.num_pending >= self.max_tokens
 
     def append(self, token_id: int) -> None:
         """Add a token to the completion."""

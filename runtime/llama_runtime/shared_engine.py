@@ -14,7 +14,8 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from llama_runtime.engine import Engine, TokenEvent
+from llama_runtime.engine import TokenEvent
+from llama_runtime.engine_group import AnyEngine
 from llama_runtime.errors import CaravanError, RequestError
 from llama_runtime.params import SamplingParams, fresh_seed
 from llama_runtime.sequence import Sequence
@@ -48,7 +49,7 @@ class SharedEngine:
         engine: used by nobody else from now on.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: AnyEngine) -> None:
         self._engine = engine
         self._lock = threading.Lock()
         self._turn = threading.Lock()  # held while waiting for the lock, so that turns alternate

@@ -20,7 +20,8 @@ from itertools import islice
 from queue import SimpleQueue
 
 from llama_runtime.admission import Accepted, Admission, Deliver, Message, Ticket, settle
-from llama_runtime.engine import Engine, TokenEvent
+from llama_runtime.engine import TokenEvent
+from llama_runtime.engine_group import AnyEngine
 from llama_runtime.errors import BackendError, CaravanError, RequestError
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import Sequence
@@ -48,7 +49,9 @@ class Worker:
         ended: done when the thread has closed the engine and ends.
     """
 
-    def __init__(self, engine: Engine, *, max_queued_requests: int, max_queued_tokens: int) -> None:
+    def __init__(
+        self, engine: AnyEngine, *, max_queued_requests: int, max_queued_tokens: int
+    ) -> None:
         self.admission = Admission(max_queued_requests, max_queued_tokens)
         self.ended: Future[None] = Future()
         self._engine = engine

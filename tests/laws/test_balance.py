@@ -30,6 +30,7 @@ from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine, TokenEvent
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import Sequence
+from llama_runtime.slots_engine import slots_engine
 
 BYTE_LEVEL = Tokenizer(models.BPE({"a": 0}, []))
 BYTE_LEVEL.decoder = decoders.ByteLevel()
@@ -49,7 +50,7 @@ class Limits:
 
     def engine(self) -> Engine:
         backend = Fake(self.max_batch, cache_capacity(MAX_LEN, self.max_chunk), VOCAB_SIZE)
-        return Engine(
+        return slots_engine(
             backend,
             TABLE,
             END_TOKENS,

@@ -19,9 +19,9 @@ from tokenizers import Tokenizer, decoders, models
 from llama_runtime.backends.fake import Fake
 from llama_runtime.contract import MAX_CHUNK, MIN_CHUNK, cache_capacity, last_chunk_start
 from llama_runtime.detokenizer import TokenBytes
-from llama_runtime.engine import Engine
 from llama_runtime.params import SamplingParams
 from llama_runtime.scheduler import next_chunk
+from llama_runtime.slots_engine import slots_engine
 from llama_runtime.step_batch import Step
 
 BYTE_LEVEL = Tokenizer(models.BPE({"a": 0}, []))
@@ -53,7 +53,7 @@ def random_schedule(seed: int) -> Recorded:
     num_slots, max_len = choose.randint(1, 9), choose.choice([34, 100, 400])
     max_chunk = choose.randint(MIN_CHUNK, 200)
     backend = Recorded(num_slots, cache_capacity(max_len, max_chunk))
-    engine = Engine(
+    engine = slots_engine(
         backend,
         TABLE,
         {2},

@@ -21,9 +21,9 @@ from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.backends.ort_sampler import OrtSampler
 from llama_runtime.bundle import Bundle, open_bundle
 from llama_runtime.contract import SAMPLER, SLOTS, cache_capacity
-from llama_runtime.engine import Engine
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import TokenLogprob
+from llama_runtime.slots_engine import slots_engine
 from llama_runtime.step_batch import Step
 from llama_runtime.tokenizer import Tokenizer
 
@@ -126,7 +126,7 @@ class Runner:
         """The trace of each request, and how many were aborted on the way."""
         capacity = cache_capacity(MAX_LEN, chunk)
         recorded = Recorded(self._backend(slots, capacity, self.row_multiple))
-        engine = Engine(
+        engine = slots_engine(
             recorded,
             self._token_bytes,
             (),

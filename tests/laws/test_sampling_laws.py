@@ -21,8 +21,14 @@ from llama_runtime.backends.fake import Fake
 from llama_runtime.contract import MIN_CHUNK, cache_capacity
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine, TokenEvent
+from llama_runtime.kv_cache import SlotCache
 from llama_runtime.params import OPTIONS, SamplingParams
+from llama_runtime.runner import HostRunner
+from llama_runtime.sampler import Sampler
+from llama_runtime.sampling import Reference
+from llama_runtime.scheduler import Scheduler
 from llama_runtime.sequence import Sequence
+from llama_runtime.step_batch import StepBatch
 
 # Few tokens, and those of letters, so that stop texts come up.
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())[:40]
@@ -48,20 +54,20 @@ class Outcome:
 class Strict(Engine):
     """Raises what goes wrong in a step: run alone, as after a fault, all may be well again."""
 
-    def _isolate(self, _: Any, error: Exception) -> list[TokenEvent]:
+    def _isolate(self, _: Any, error: Exception) -> None:
         raise error
 
 
 def engine_of(slots: int, budget: int = MIN_CHUNK, chunk: int = MIN_CHUNK) -> Engine:
+    backend = Fake(slots, cache_capacity(MAX_LEN, chunk), VOCAB_SIZE)
+    sampler = Sampler(Reference(), END_TOKENS)
     return Strict(
-        Fake(slots, cache_capacity(MAX_LEN, chunk), VOCAB_SIZE),
+        HostRunner(backend, StepBatch(slots, budget, backend.row_multiple), sampler),
+        Scheduler(SlotCache(slots, MAX_LEN), prompt_budget=budget, max_chunk=chunk),
         TABLE,
         END_TOKENS,
         vocab_size=VOCAB_SIZE,
-        max_batch=slots,
         max_len=MAX_LEN,
-        prompt_budget=budget,
-        max_chunk=chunk,
     )
 
 

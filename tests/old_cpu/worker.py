@@ -24,8 +24,8 @@ import numpy.typing as npt
 from llama_runtime.backends.ort_cpu import OrtCpu, import_onnxruntime, open_session
 from llama_runtime.bundle import Bundle, open_bundle
 from llama_runtime.contract import MIN_CHUNK, SLOTS, cache_capacity
-from llama_runtime.engine import Engine
 from llama_runtime.params import SamplingParams
+from llama_runtime.slots_engine import slots_engine
 from llama_runtime.step_batch import Step
 from llama_runtime.tokenizer import Tokenizer
 
@@ -187,7 +187,7 @@ class Runner:
         """Run all requests; ``arrivals`` says how many of those that wait come before a step."""
         backend = self._backend(slots, cache_capacity(MAX_LEN, chunk), self.row_multiple)
         recorded = Recorded(backend, self.row_multiple)
-        engine = Engine(
+        engine = slots_engine(
             recorded,
             self._token_bytes,
             (),

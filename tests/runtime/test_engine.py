@@ -18,6 +18,7 @@ from llama_runtime.engine import Engine, TokenEvent
 from llama_runtime.errors import BackendError, CapacityError, CaravanError, RequestError
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import Sequence
+from llama_runtime.slots_engine import slots_engine
 from llama_runtime.step_batch import Step
 
 VOCAB_SIZE, MAX_LEN, MAX_CHUNK = 512, 200, 64
@@ -79,7 +80,7 @@ def table(byte_tokenizer: tokenizers.Tokenizer) -> TokenBytes:
 @pytest.fixture
 def make(table: TokenBytes) -> Callable[..., Engine]:
     def make(backend: Any, max_batch: int = 4, **options: Any) -> Engine:
-        return Engine(
+        return slots_engine(
             backend,
             table,
             [EOS, EOT],

@@ -23,6 +23,7 @@ from llama_runtime.errors import BackendError
 from llama_runtime.params import SamplingParams
 from llama_runtime.sampling import Int64s, Kernels, Logits, Reference
 from llama_runtime.sequence import Sequence
+from llama_runtime.slots_engine import slots_engine
 from llama_runtime.step_batch import Step
 
 MAX_BATCH, MAX_LEN, MAX_CHUNK, VOCAB_SIZE = 3, 128, 64, 97
@@ -37,7 +38,7 @@ def fake() -> Fake:
 
 
 def engine_of(backend: Backend, kernels: Kernels | None = None, **options: Any) -> Engine:
-    return Engine(
+    return slots_engine(
         backend,
         TokenBytes(BYTE_LEVEL),
         (),

@@ -260,7 +260,7 @@ def test_a_stream_collected_in_the_middle_of_a_step_does_not_block_it(
     gc.collect()  # so that none comes by itself before the step
     cycle: list[Any] = [stream]
     cycle.append(cycle)
-    backend = own._engine._engine._backend
+    backend = own._engine._engine._runner._backend  # type: ignore[attr-defined]
     run = backend.run
 
     running: list[int] = []

@@ -223,7 +223,7 @@ def test_a_plan_can_be_had_without_loading(
     assert json.loads(json.dumps(found.to_dict()))["available"] == 1
     for wrong, name in (({"max_batch": 0}, "max_batch"), ({"max_len": 513}, "max_len")):
         with pytest.raises(RequestError) as refusal:
-            LLM.plan(fake_bundle, **wrong)
+            LLM.plan(fake_bundle, **wrong)  # type: ignore[arg-type]
         assert refusal.value.param == name
     with pytest.raises(BundleError, match="nowhere"):
         LLM.plan(fake_bundle / "nowhere")
@@ -236,9 +236,9 @@ def test_the_plan_is_that_of_the_engine(
     """The chunk and the budget that it counts are those that run."""
     with LLM(fake_bundle, max_batch=max_batch, max_len=300, threads=1) as loaded:
         engine = loaded._engine._engine
-        scheduler = engine._scheduler
+        scheduler = engine._scheduler  # type: ignore[attr-defined]
         found = loaded.memory_plan
         assert scheduler.max_chunk == PROMPT_CHUNK
         assert scheduler.prompt_budget == found.prompt_budget
-        cells = prod(engine._backend._cache.shape)  # type: ignore[attr-defined]
+        cells = prod(engine._runner._backend._cache.shape)  # type: ignore[attr-defined]
         assert found.cache == 64 * cells

@@ -22,6 +22,7 @@ from llama_runtime.errors import RequestError
 from llama_runtime.llm import LLM
 from llama_runtime.params import SamplingParams
 from llama_runtime.prompt_encoder import PromptEncoder
+from llama_runtime.slots_engine import slots_engine
 from tests.runtime.test_params import OUT_OF_RANGE
 
 VOCAB_SIZE = 64
@@ -31,7 +32,7 @@ VOCAB_SIZE = 64
 def engine() -> Engine:
     tokenizer = Tokenizer(models.BPE({"a": 0}, []))
     tokenizer.decoder = decoders.ByteLevel()
-    return Engine(
+    return slots_engine(
         Fake(2, 64, VOCAB_SIZE),
         TokenBytes(tokenizer),
         [2],

@@ -133,7 +133,7 @@ def test_removing_works_wherever_a_sequence_is() -> None:
 
 def test_a_long_prompt_and_running_streams_take_turns() -> None:
     rows = scheduler(4, MIN_CHUNK, MIN_CHUNK)
-    streams = [sequence(3) for _ in range(3)]
+    streams = [sequence(3, max_tokens=100) for _ in range(3)]
     for seq in streams:
         rows.add(seq)
     finish_step(rows.schedule())

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from llama_runtime.completion import Completion
 from llama_runtime.detokenizer import TokenBytes
-from llama_runtime.engine import Engine, TokenEvent
+from llama_runtime.engine import TokenEvent
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import Sequence
+from llama_runtime.slots_engine import slots_engine
 from llama_runtime.step_batch import Step
 from llama_runtime.stop_texts import StopTexts
 
@@ -203,7 +204,7 @@ def say(table: TokenBytes) -> Say:
 
     def say(data: bytes, **options: Any) -> tuple[Completion, list[TokenEvent]]:
         spoken = [ids[bytes([value])] for value in data] + [EOS]
-        engine = Engine(
+        engine = slots_engine(
             Speaker(spoken),
             table,
             [EOS],

@@ -1,13 +1,75 @@
-"""What the engine asks of the thing that runs the graph."""
+"""What the engine asks of the thing that runs the graph.
+
+The engine launches steps and takes their outcome from a ``Runner``. One that overlaps returns from
+``launch`` before the step has run, so the next one is planned meanwhile. A ``Backend`` is less: it
+gives logits to ``runner.HostRunner``, which samples them in this process.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence as Seq
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from llama_runtime.scheduler import Chunk
+from llama_runtime.sequence import Sequence, TokenLogprob
 from llama_runtime.step_batch import Step
+
+
+class Outcome(NamedTuple):
+    """What a step came to.
+
+    Attributes:
+        token_ids: of each chunk that samples, in order; ``NOT_FINITE`` where the logits allow none.
+        logprobs: of the same, None where they aren't asked for.
+        prompt_logprobs: for each chunk, those of the prompt's tokens that follow its rows; empty
+            where none are asked for.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob | None]
+    prompt_logprobs: list[list[TokenLogprob | None]]
+
+
+class Launched(Protocol):
+    """A step on its way."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether ``result`` would not wait."""
+
+    def result(self) -> Outcome:
+        """Wait for the step.
+
+        Raises:
+            BackendError: it failed, and nothing that ran with or after it can be trusted.
+        """
+
+
+class Runner(Protocol):
+    """Runs steps over a cache that it owns. Used from one thread at a time."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step may be launched before the last one's outcome is known."""
+
+    def launch(self, chunks: Seq[Chunk]) -> Launched:
+        """Begin a step; those of one ``Sequence.kind`` lie together.
+
+        Raises:
+            BackendError: it can't run; the cache holds what it held, but for cells of the chunks.
+        """
+
+    def clean(self, seq: Sequence) -> None:
+        """Zero what a sequence wrote, before it changes hands after a fault.
+
+        What isn't a number stays none when it is multiplied by 0, so attention must not meet it.
+        """
+
+    def close(self) -> None:
+        """Give back what it holds; it can't run afterwards."""
 
 
 class Backend(Protocol):

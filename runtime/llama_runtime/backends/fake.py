@@ -52,7 +52,7 @@ class Fake:
             if not np.array_equal(step.pack[rows], i * width + np.arange(count)):
                 raise BackendError(f"slot {slot}: pack is not the inverse of unpack")
             self._cache[slot, past:total] = step.input_ids[rows]
-            history[rows] = [_digest(self._cache[slot, : past + i + 1]) for i in range(count)]
+            history[rows] = [digest(self._cache[slot, : past + i + 1]) for i in range(count)]
         starts = history[step.logits_rows] % self._vocab_size
         logits: npt.NDArray[np.float32] = self._noise[starts[:, None] + np.arange(self._vocab_size)]
         return logits
@@ -65,7 +65,7 @@ class Fake:
         """See ``Backend.close``."""
 
 
-def _digest(tokens: npt.NDArray[np.int64]) -> int:
+def digest(tokens: npt.NDArray[np.int64]) -> int:
     """A number that depends on every token and its place."""
     places = np.arange(1, len(tokens) + 1, dtype=np.uint64)
     mixed = (tokens.astype(np.uint64) + places * _INCREMENT) * _MULTIPLIER

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llama_runtime.backends.ort_library import check_signature, import_library
 from llama_runtime.backends.row_probe import PROBE_CAPACITY, PROBE_SLOTS, least_row_multiple
 from llama_runtime.contract import (
-    LOGITS,
     MAX_ROW_MULTIPLE,
     SLOTS,
     Geometry,
-    TensorSpec,
     max_logits_rows,
 )
 from llama_runtime.errors import BackendError, DependencyError
@@ -26,23 +21,6 @@ from llama_runtime.graph_file import check_graph
 from llama_runtime.kv_cache import cache_buffers
 from llama_runtime.machine import default_threads
 from llama_runtime.step_batch import Step, padded
-
-# Distributions that bring the package onnxruntime.
-DISTRIBUTIONS = (
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxruntime-training",
-    "onnxruntime-directml",
-    "onnxruntime-openvino",
-    "onnxruntime-qnn",
-)
-_TYPES = {
-    "float32": "tensor(float)",
-    "float64": "tensor(double)",
-    "int64": "tensor(int64)",
-    "int32": "tensor(int32)",
-    "bool": "tensor(bool)",
-}
 
 
 class OrtCpu:
@@ -87,7 +65,7 @@ class OrtCpu:
         for spec in SLOTS.inputs:
             _bind(self._binding.bind_input, spec.name, getattr(step, spec.name))
         logits = self._logits[: len(step.logits_rows)]
-        _bind(self._binding.bind_output, LOGITS.name, logits)
+        _bind(self._binding.bind_output, SLOTS.logits.name, logits)
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
@@ -147,46 +125,8 @@ def open_session(graph: Path, threads: int) -> Any:
 def _check_contract(session: Any, geometry: Geometry) -> None:
     sizes = {"K": geometry.num_kv_heads, "D": geometry.head_dim, "V": geometry.vocab_size}
     inputs = (*SLOTS.inputs, *SLOTS.cache_inputs(geometry.num_layers))
-    outputs = (LOGITS, *SLOTS.cache_outputs(geometry.num_layers))
+    outputs = (SLOTS.logits, *SLOTS.cache_outputs(geometry.num_layers))
     check_signature(session, inputs, outputs, sizes)
-
-
-def check_signature(
-    session: Any, inputs: Seq[TensorSpec], outputs: Seq[TensorSpec], sizes: Mapping[str, int]
-) -> None:
-    """Compare what a graph takes and gives with the contract, before anything is allocated.
-
-    Args:
-        session: of ``open_session``.
-        inputs: what it must take.
-        outputs: what it must give.
-        sizes: of the axes that have one, by letter.
-
-    Raises:
-        BackendError: it is another graph.
-    """
-    for values, specs in ((session.get_inputs(), inputs), (session.get_outputs(), outputs)):
-        has = {
-            value.name: (value.type, [n if isinstance(n, int) else None for n in value.shape])
-            for value in values
-        }
-        needs = {
-            spec.name: (_TYPES[spec.dtype], [sizes.get(axis) for axis in spec.axes])
-            for spec in specs
-        }
-        for name in sorted(has.keys() | needs.keys()):
-            if has.get(name) != needs.get(name):
-                raise BackendError(
-                    f"the graph doesn't fit its manifest: {name!r:.80} is {_shown(has.get(name))} "
-                    f"and must be {_shown(needs.get(name))}: rebuild it with llama-export build"
-                )
-
-
-def _shown(value: tuple[str, list[int | None]] | None) -> str:
-    if value is None:
-        return "absent"
-    kind, shape = value
-    return f"{kind} [{', '.join('?' if size is None else str(size) for size in shape)}]"
 
 
 def _probe(session: Any, geometry: Geometry) -> int:
@@ -205,55 +145,17 @@ def _bind(bind: Any, name: str, array: npt.NDArray[Any]) -> None:
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def check_installed_once() -> None:
-    """Refuse two distributions of one package, without importing it.
-
-    Raises:
-        DependencyError: each of them has overwritten files of the other.
-    """
-    from importlib.metadata import PackageNotFoundError, distribution
-
-    found = []
-    for name in DISTRIBUTIONS:
-        with contextlib.suppress(PackageNotFoundError):
-            distribution(name)
-            found.append(name)
-    if len(found) > 1:
-        raise DependencyError(
-            f"{' and '.join(found)} are both installed, and each has overwritten files of the "
-            f"other: pip uninstall {' '.join(found)}, then pip install the one you want, such as "
-            "'llama-caravan[cpu]'"
-        )
-
-
 def import_onnxruntime() -> Any:
-    """The onnxruntime module, its telemetry off.
+    """The onnxruntime module, sure to have what the graph needs.
 
     Raises:
         DependencyError: it is missing, installed twice, or lacks the attention operator's ragged
             form.
     """
-    check_installed_once()
-    before = os.environ.get("ORT_DISABLE_TELEMETRY")
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read once, while the library loads
-    try:
-        import onnxruntime as ort
-        from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
-    except ImportError as error:
-        raise DependencyError(
-            f"onnxruntime can't be imported ({error}): pip install 'llama-caravan[cpu]'"
-        ) from error
-    finally:
-        if before is None:
-            del os.environ["ORT_DISABLE_TELEMETRY"]
-        else:
-            os.environ["ORT_DISABLE_TELEMETRY"] = before
-    ort.disable_telemetry_events()
-    for schema in get_all_operator_schema():
-        if schema.name == "GroupQueryAttention":
-            if any(entry.name == "query_seqlens" for entry in schema.inputs):
-                return ort
-            break
+    ort, schemas = import_library("cpu")
+    inputs = [entry.name for schema in schemas("GroupQueryAttention") for entry in schema.inputs]
+    if "query_seqlens" in inputs:
+        return ort
     raise DependencyError(
         f"onnxruntime {ort.__version__} has no ragged GroupQueryAttention, which came with 1.32: "
         "pip install 'onnxruntime>=1.32'"

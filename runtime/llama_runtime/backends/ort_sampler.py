@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from llama_runtime.backends.ort_cpu import check_signature, open_session
+from llama_runtime.backends.ort_cpu import open_session
+from llama_runtime.backends.ort_library import check_signature
 from llama_runtime.contract import (
     MAX_TOP_LOGPROBS,
     SAMPLER_INPUTS,
