@@ -25,7 +25,7 @@ from llama_runtime.async_calls import Call, Deadline, Item, Source, settled
 from llama_runtime.async_stream import AsyncStream
 from llama_runtime.completion import Completion, Prompt
 from llama_runtime.errors import RequestError
-from llama_runtime.loading import DEFAULT_MAX_BATCH, in_range, load
+from llama_runtime.loading import in_range, load
 from llama_runtime.params import SamplingParams
 from llama_runtime.prompt_encoder import PromptEncoder
 from llama_runtime.shared_engine import Stats
@@ -43,10 +43,12 @@ class AsyncLLM:
     Args:
         bundle: the directory that ``llama-export build`` wrote, or its text side where that is
             open already.
-        max_batch: sequences that run at once.
+        max_batch: sequences that run at once; None takes 32, and 128 on CUDA.
         max_len: the most tokens of one sequence, prompt and completion; None takes the model's
             limit, at most 4,096 and no more than fits into memory.
-        threads: threads of the kernels; None takes the processors this process may use.
+        threads: threads of the kernels on the CPU; None takes the processors this process may use.
+        devices: numbers of the CUDA devices that a bundle built for CUDA runs on, an engine on each
+            with ``max_batch`` sequences and one queue for all; None takes device 0.
         verify: how the bundle's files are checked; see ``open_bundle``.
         max_queued_requests: so many requests may wait for a slot; one more is refused at once.
         max_queued_tokens: with so many prompt tokens waiting, no more requests are taken.
@@ -55,23 +57,32 @@ class AsyncLLM:
         BundleError: the bundle can't be used.
         CapacityError: it doesn't fit into memory with these settings; nothing was loaded.
         RequestError: an argument is out of range.
-        DependencyError: onnxruntime is missing.
+        DependencyError: onnxruntime is missing, or lacks the provider that the bundle needs.
+        BackendError: there is no such CUDA device, or its driver is too old.
     """
 
     def __init__(
         self,
         bundle: str | os.PathLike[str] | PromptEncoder = "bundle",
         *,
-        max_batch: int = DEFAULT_MAX_BATCH,
+        max_batch: int | None = None,
         max_len: int | None = None,
         threads: int | None = None,
+        devices: Seq[int] | None = None,
         verify: Literal["full", "size"] | None = None,
         max_queued_requests: int = 1024,
         max_queued_tokens: int = 1_000_000,
     ) -> None:
         in_range("max_queued_requests", max_queued_requests, MAX_QUEUED_REQUESTS)
         in_range("max_queued_tokens", max_queued_tokens, MAX_QUEUED_TOKENS)
-        loaded = load(bundle, max_batch=max_batch, max_len=max_len, threads=threads, verify=verify)
+        loaded = load(
+            bundle,
+            max_batch=max_batch,
+            max_len=max_len,
+            threads=threads,
+            devices=devices,
+            verify=verify,
+        )
         self._encoder = loaded.encoder
         self.bundle, self.tokenizer = loaded.encoder.bundle, loaded.encoder.tokenizer
         self.memory_plan, self.threads = loaded.memory_plan, loaded.threads
@@ -90,9 +101,10 @@ class AsyncLLM:
         cls,
         bundle: str | os.PathLike[str] | PromptEncoder = "bundle",
         *,
-        max_batch: int = DEFAULT_MAX_BATCH,
+        max_batch: int | None = None,
         max_len: int | None = None,
         threads: int | None = None,
+        devices: Seq[int] | None = None,
         verify: Literal["full", "size"] | None = None,
         max_queued_requests: int = 1024,
         max_queued_tokens: int = 1_000_000,
@@ -104,6 +116,7 @@ class AsyncLLM:
             max_batch=max_batch,
             max_len=max_len,
             threads=threads,
+            devices=devices,
             verify=verify,
             max_queued_requests=max_queued_requests,
             max_queued_tokens=max_queued_tokens,

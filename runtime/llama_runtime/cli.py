@@ -14,7 +14,13 @@ from typing import Any
 import click
 
 from llama_runtime import __version__
-from llama_runtime.cli_options import bundle_option, generation_options, given
+from llama_runtime.cli_options import (
+    bundle_option,
+    devices_option,
+    generation_options,
+    given,
+    max_batch_option,
+)
 from llama_runtime.command_line import FAILED, Commands, print_out
 from llama_runtime.errors import CapacityError, RequestError
 from llama_runtime.progress import Console
@@ -55,14 +61,7 @@ def cli() -> None:
 )
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @generation_options
-@click.option(
-    "--max-batch",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=32,
-    show_default=True,
-    help="Prompts that run at once.",
-)
+@max_batch_option
 @click.option(
     "--max-len",
     metavar="N",
@@ -78,7 +77,8 @@ def batch(
     bundle: Path,
     chat: bool | None,
     threads: int | None,
-    max_batch: int,
+    devices: list[int] | None,
+    max_batch: int | None,
     max_len: int | None,
     quiet: bool,
     **sampling: Any,
@@ -114,6 +114,7 @@ def batch(
         max_batch=max_batch,
         max_len=max_len,
         threads=threads,
+        devices=devices,
     )
     mixed = results.path is None and sys.stdout.isatty()
     console = Console(sys.stderr, quiet=quiet, with_status=not mixed)
@@ -136,6 +137,7 @@ def generate(
     bundle: Path,
     chat: bool | None,
     threads: int | None,
+    devices: list[int] | None,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -163,7 +165,7 @@ def generate(
     if (params.logprobs or params.prompt_logprobs) and not as_json:
         raise RequestError("log-probabilities need --json", param="logprobs")
     max_len = len(request.prompt) + params.max_tokens
-    with LLM(encoder, max_batch=params.n, max_len=max_len, threads=threads) as llm:
+    with LLM(encoder, max_batch=params.n, max_len=max_len, threads=threads, devices=devices) as llm:
         started = time.monotonic()
         if as_json:
             print_out(result_line(row, llm.generate(request.prompt, params), None).decode())
@@ -203,14 +205,8 @@ def inspect(bundle: Path, as_json: bool) -> None:
     )
 )
 @bundle_option
-@click.option(
-    "--max-batch",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=32,
-    show_default=True,
-    help="Prompts that run at once.",
-)
+@devices_option
+@max_batch_option
 @click.option(
     "--max-len",
     metavar="N",
@@ -219,7 +215,13 @@ def inspect(bundle: Path, as_json: bool) -> None:
     "limit, at most 4096]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, sizes in bytes.")
-def plan(bundle: Path, max_batch: int, max_len: int | None, as_json: bool) -> None:
+def plan(
+    bundle: Path,
+    devices: list[int] | None,
+    max_batch: int | None,
+    max_len: int | None,
+    as_json: bool,
+) -> None:
     """Show whether a setting fits into memory, without loading the model.
 
     The weights, the cache of --max-batch sequences of --max-len tokens and the workspace, against
@@ -231,7 +233,7 @@ def plan(bundle: Path, max_batch: int, max_len: int | None, as_json: bool) -> No
     from llama_runtime.llm import LLM
     from llama_runtime.memory_plan import describe
 
-    found = LLM.plan(bundle, max_batch=max_batch, max_len=max_len)
+    found = LLM.plan(bundle, max_batch=max_batch, max_len=max_len, devices=devices)
     if as_json:
         print_out(json.dumps(found.to_dict(), indent=2) + "\n")
     else:

@@ -21,6 +21,34 @@ bundle_option = click.option(
     help="The bundle's directory.",
 )
 
+
+class _Devices(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # older clicks have none
+    """Numbers with commas between them."""
+
+    name = "devices"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
+        try:
+            return [int(part) for part in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r:.80} must be numbers such as 0 or 0,1", param, ctx)
+
+
+devices_option = click.option(
+    "--devices",
+    metavar="N,N",
+    type=_Devices(),
+    envvar="LLAMA_RUN_DEVICES",
+    show_envvar=True,
+    help="CUDA devices to run on, an engine on each, for a bundle built for CUDA.  [default: 0]",
+)
+max_batch_option = click.option(
+    "--max-batch",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Prompts that run at once, on each device.  [default: 32; 128 on CUDA]",
+)
+
 _LENGTH = [
     click.option(
         "--max-tokens",
@@ -146,8 +174,10 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--threads",
             metavar="N",
             type=click.IntRange(min=1),
-            help="Threads of the kernels.  [default: the processors this process may use]",
+            help="Threads of the kernels on the CPU.  [default: the processors this process may "
+            "use]",
         ),
+        devices_option,
     ]
     for option in reversed(options):
         command = option(command)

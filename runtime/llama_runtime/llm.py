@@ -20,7 +20,7 @@ from typing import Literal
 from llama_runtime.arguments import Message, as_list, is_list, wrong_type
 from llama_runtime.completion import Completion, Prompt, Request
 from llama_runtime.errors import RequestError
-from llama_runtime.loading import DEFAULT_MAX_BATCH, load, opened, plan
+from llama_runtime.loading import load, opened, plan
 from llama_runtime.memory_plan import MemoryPlan
 from llama_runtime.params import SamplingParams, fresh_seed, row_seed
 from llama_runtime.prompt_encoder import PromptEncoder
@@ -35,29 +35,40 @@ class LLM:
     Args:
         bundle: the directory that ``llama-export build`` wrote, or its text side where that is
             open already.
-        max_batch: sequences that run at once.
+        max_batch: sequences that run at once; None takes 32, and 128 on CUDA.
         max_len: the most tokens of one sequence, prompt and completion; None takes the model's
             limit, at most 4,096 and no more than fits into memory.
-        threads: threads of the kernels; None takes the processors this process may use.
+        threads: threads of the kernels on the CPU; None takes the processors this process may use.
+        devices: numbers of the CUDA devices that a bundle built for CUDA runs on, an engine on each
+            with ``max_batch`` sequences and one queue for all; None takes device 0.
         verify: how the bundle's files are checked; see ``open_bundle``.
 
     Raises:
         BundleError: the bundle can't be used.
         CapacityError: it doesn't fit into memory with these settings; nothing was loaded.
         RequestError: an argument is out of range.
-        DependencyError: onnxruntime is missing.
+        DependencyError: onnxruntime is missing, or lacks the provider that the bundle needs.
+        BackendError: there is no such CUDA device, or its driver is too old.
     """
 
     def __init__(
         self,
         bundle: str | os.PathLike[str] | PromptEncoder = "bundle",
         *,
-        max_batch: int = DEFAULT_MAX_BATCH,
+        max_batch: int | None = None,
         max_len: int | None = None,
         threads: int | None = None,
+        devices: Seq[int] | None = None,
         verify: Literal["full", "size"] | None = None,
     ) -> None:
-        loaded = load(bundle, max_batch=max_batch, max_len=max_len, threads=threads, verify=verify)
+        loaded = load(
+            bundle,
+            max_batch=max_batch,
+            max_len=max_len,
+            threads=threads,
+            devices=devices,
+            verify=verify,
+        )
         self._encoder = loaded.encoder
         self.bundle, self.tokenizer = loaded.encoder.bundle, loaded.encoder.tokenizer
         self.memory_plan, self.threads = loaded.memory_plan, loaded.threads
@@ -70,8 +81,9 @@ class LLM:
         cls,
         bundle: str | os.PathLike[str] | PromptEncoder = "bundle",
         *,
-        max_batch: int = DEFAULT_MAX_BATCH,
+        max_batch: int | None = None,
         max_len: int | None = None,
+        devices: Seq[int] | None = None,
     ) -> MemoryPlan:
         """What a setting needs of memory, and whether it is there; nothing is loaded.
 
@@ -79,6 +91,7 @@ class LLM:
             bundle: as for the class; its files are checked by their sizes.
             max_batch: as for the class.
             max_len: as for the class; None takes what the class would take.
+            devices: as for the class.
 
         Returns:
             The plan, which may not fit. Its ``check`` raises what the class would raise.
@@ -87,7 +100,7 @@ class LLM:
             BundleError: the bundle can't be used.
             RequestError: an argument is out of range.
         """
-        return plan(opened(bundle, verify="size").bundle, max_batch, max_len)
+        return plan(opened(bundle, verify="size").bundle, max_batch, max_len, devices)
 
     @property
     def has_chat_template(self) -> bool:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.backends.ort_sampler import OrtSampler
 from llama_runtime.bundle import Bundle, open_bundle
-from llama_runtime.contract import PROMPT_CHUNK, SAMPLER, SLOTS, cache_capacity
+from llama_runtime.contract import PAGED, PROMPT_CHUNK, SAMPLER, SLOTS, cache_capacity
 from llama_runtime.engine import Engine
+from llama_runtime.engine_group import EngineGroup
 from llama_runtime.errors import RequestError
 from llama_runtime.generation_config import default_params, eos_token_ids
 from llama_runtime.machine import available_memory, default_threads
 from llama_runtime.memory_plan import MAX_BATCH, MIN_LEN, MemoryPlan, weight_bytes
 from llama_runtime.params import SamplingParams
 from llama_runtime.prompt_encoder import PromptEncoder
+from llama_runtime.slots_engine import slots_engine
+
+if TYPE_CHECKING:
+    from llama_runtime.backends.cuda_device import Device
+    from llama_runtime.cuda_plan import CudaPlan
 
 DEFAULT_MAX_BATCH = 32
 DEFAULT_MAX_LEN = 4096
@@ -32,45 +39,48 @@ class Loaded:
     Attributes:
         encoder: its text side.
         memory_plan: what it may take of memory, which is there.
-        threads: of the kernels.
+        threads: of the kernels; None on CUDA.
         default_params: sampling where the caller asks for none.
         engine: ready to run.
     """
 
     encoder: PromptEncoder
     memory_plan: MemoryPlan
-    threads: int
+    threads: int | None
     default_params: SamplingParams
-    engine: Engine
+    engine: Engine | EngineGroup
 
 
 def load(
     bundle: str | os.PathLike[str] | PromptEncoder,
     *,
-    max_batch: int,
+    max_batch: int | None,
     max_len: int | None,
     threads: int | None,
+    devices: Seq[int] | None,
     verify: Literal["full", "size"] | None,
 ) -> Loaded:
     """Load a bundle; arguments and errors are those of ``LLM``."""
     encoder = opened(bundle, verify=verify)
-    manifest, config = encoder.bundle.manifest, encoder.bundle.generation_config
-    wanted = plan(encoder.bundle, max_batch, max_len)
+    config = encoder.bundle.generation_config
+    params, eos = default_params(config), eos_token_ids(config)
+    if runs_on_cuda(encoder.bundle):
+        return _load_paged(encoder, max_batch, max_len, threads, devices, params, eos)
+    wanted = _plan_slots(encoder.bundle, max_batch, max_len, devices)
     threads = in_range("threads", default_threads() if threads is None else threads, 1024)
-    params = default_params(config)
-    sampler = encoder.bundle.graph_path(SAMPLER)
     wanted.check()
-    kernels = OrtSampler(sampler, manifest.geometry.vocab_size, threads)
+    manifest = encoder.bundle.manifest
+    kernels = OrtSampler(encoder.bundle.graph_path(SAMPLER), manifest.geometry.vocab_size, threads)
     backend = OrtCpu(
         open_session(encoder.bundle.graph_path(SLOTS.name), threads),
         manifest.geometry,
         num_slots=wanted.max_batch,
         capacity=cache_capacity(wanted.max_len, PROMPT_CHUNK),
     )
-    engine = Engine(
+    engine = slots_engine(
         backend,
         encoder.tokenizer.byte_table,
-        eos_token_ids(config),
+        eos,
         vocab_size=manifest.geometry.vocab_size,
         max_batch=wanted.max_batch,
         max_len=wanted.max_len,
@@ -92,29 +102,120 @@ def opened(
     return PromptEncoder(open_bundle(Path(bundle), verify=verify))
 
 
-def plan(bundle: Bundle, max_batch: int, max_len: int | None) -> MemoryPlan:
+def runs_on_cuda(bundle: Bundle) -> bool:
+    """Whether a bundle was built for CUDA devices, and not for the CPU."""
+    dialects = {graph.dialect for graph in bundle.manifest.graphs}
+    return PAGED.name in dialects and SLOTS.name not in dialects
+
+
+def plan(
+    bundle: Bundle, max_batch: int | None, max_len: int | None, devices: Seq[int] | None = None
+) -> MemoryPlan:
     """What a setting needs of memory; see ``LLM.plan``.
 
     Raises:
         BundleError: the bundle has no graph for this backend.
         RequestError: an argument is out of range.
     """
+    if not runs_on_cuda(bundle):
+        return _plan_slots(bundle, max_batch, max_len, devices)
+    from llama_runtime.cuda_loading import opened_devices
+
+    with opened_devices(_ordinals(devices)) as found:
+        wanted = _plan_paged(bundle, max_batch, max_len, found)
+        for device in found:
+            device.close()
+    return wanted
+
+
+def _plan_slots(
+    bundle: Bundle, max_batch: int | None, max_len: int | None, devices: Seq[int] | None
+) -> MemoryPlan:
     geometry = bundle.manifest.geometry
     bundle.graph_path(SLOTS.name)  # which it may not have
+    if devices is not None:
+        raise RequestError(
+            f"devices {list(devices)} are CUDA devices, and {bundle.path} was built for the CPU: "
+            "leave them out, or build it with llama-export build --target cuda",
+            param="devices",
+        )
     weights = weight_bytes(bundle.manifest, SLOTS.name)
-    usual = min(DEFAULT_MAX_LEN, geometry.max_positions)
-    length = usual if max_len is None else max_len
     wanted = MemoryPlan(
         geometry=geometry,
         weights=weights,
         available=available_memory(mapped_bytes=weights),
-        max_batch=in_range("max_batch", max_batch, MAX_BATCH),
-        max_len=in_range("max_len", length, geometry.max_positions, low=MIN_LEN),
+        max_batch=_batch(max_batch, DEFAULT_MAX_BATCH),
+        max_len=_length(max_len, geometry.max_positions),
         prompt_budget=PROMPT_BUDGET,
     )
+    return _shortened(wanted, max_len)
+
+
+def _plan_paged(
+    bundle: Bundle, max_batch: int | None, max_len: int | None, devices: Seq[Device]
+) -> CudaPlan:
+    from llama_runtime.cuda_loading import CUDA_MAX_BATCH, cuda_plan
+
+    batch = _batch(max_batch, CUDA_MAX_BATCH)
+    length = _length(max_len, bundle.manifest.geometry.max_positions)
+    return _shortened(cuda_plan(bundle, devices, batch, length), max_len)
+
+
+def _load_paged(
+    encoder: PromptEncoder,
+    max_batch: int | None,
+    max_len: int | None,
+    threads: int | None,
+    devices: Seq[int] | None,
+    params: SamplingParams,
+    eos: frozenset[int],
+) -> Loaded:
+    from llama_runtime.cuda_loading import cuda_engines, opened_devices
+
+    if threads is not None:
+        raise RequestError(
+            f"threads {threads} are those of kernels on the CPU, and {encoder.bundle.path} was "
+            "built for CUDA: leave them out",
+            param="threads",
+        )
+    with opened_devices(_ordinals(devices)) as found:
+        wanted = _plan_paged(encoder.bundle, max_batch, max_len, found)
+        wanted.check()
+        engine = cuda_engines(encoder.bundle, found, wanted, encoder.tokenizer.byte_table, eos)
+    return Loaded(encoder, wanted, None, params, engine)
+
+
+Plan = TypeVar("Plan", bound=MemoryPlan)
+
+
+def _shortened(wanted: Plan, max_len: int | None) -> Plan:
+    """The same with as much of the usual length as fits, unless a length was asked for."""
     if max_len is None and not wanted.fits and wanted.largest_max_len >= LEAST_DEFAULT_LEN:
         return replace(wanted, max_len=wanted.largest_max_len)
     return wanted
+
+
+def _batch(max_batch: int | None, usual: int) -> int:
+    return in_range("max_batch", usual if max_batch is None else max_batch, MAX_BATCH)
+
+
+def _length(max_len: int | None, limit: int) -> int:
+    usual = min(DEFAULT_MAX_LEN, limit)
+    return in_range("max_len", usual if max_len is None else max_len, limit, low=MIN_LEN)
+
+
+def _ordinals(devices: object) -> list[int]:
+    """The numbers of CUDA devices, checked as far as that goes without looking at them."""
+    if devices is None:
+        return [0]
+    found: list[object] = list(devices) if isinstance(devices, Seq) else []
+    numbers = [one for one in found if isinstance(one, int) and not isinstance(one, bool)]
+    if not found or len(set(numbers)) < len(found) or min(numbers) < 0:
+        raise RequestError(
+            f"devices must be different numbers of CUDA devices, such as [0, 1], not {devices!r}",
+            param="devices",
+        )
+    return numbers
 
 
 def in_range(param: str, value: object, high: int, *, low: int = 1) -> int:

@@ -14,6 +14,7 @@ from click.types import FloatParamType, IntParamType
 
 from llama_runtime import __version__, loading
 from llama_runtime.cli import cli
+from llama_runtime.cuda_loading import CUDA_MAX_BATCH
 from llama_runtime.llm import LLM
 from llama_runtime.machine import Memory
 from llama_runtime.params import SamplingParams
@@ -405,7 +406,8 @@ def test_help_and_version_read_well_at_every_level(run: Run) -> None:
 def test_defaults_in_the_help_are_those_of_the_library(run: Run) -> None:
     text = " ".join(run("batch", "--help").stdout.split())
     assert f"[default: {SamplingParams().max_tokens}]" in text
-    assert f"Prompts that run at once. [default: {loading.DEFAULT_MAX_BATCH};" in text
+    usual = f"[default: {loading.DEFAULT_MAX_BATCH}; {CUDA_MAX_BATCH} on CUDA]"
+    assert f"Prompts that run at once, on each device. {usual}" in text
     assert f"at most {loading.DEFAULT_MAX_LEN}]" in text
 
 

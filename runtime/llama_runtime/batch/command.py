@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,6 @@ from llama_runtime.errors import CaravanError
 from llama_runtime.generation_config import default_params
 from llama_runtime.interrupts import last_act
 from llama_runtime.llm import LLM
-from llama_runtime.loading import DEFAULT_MAX_BATCH
 from llama_runtime.progress import Console
 from llama_runtime.prompt_encoder import PromptEncoder
 
@@ -32,18 +32,20 @@ class Settings:
         bundle: the bundle's directory.
         options: sampling options that replace the bundle's own, by name.
         chat: whether plain prompts become messages; None if the bundle has a template.
-        max_batch: sequences that run at once.
+        max_batch: sequences that run at once; None takes the default of ``LLM``.
         max_len: the most tokens of one sequence; None takes the longest request of a file, and
             the default of ``LLM`` for a stream.
         threads: None takes the processors this process may use.
+        devices: CUDA devices; None takes the default of ``LLM``.
     """
 
     bundle: Path
     options: Mapping[str, Any]
     chat: bool | None = None
-    max_batch: int = DEFAULT_MAX_BATCH
+    max_batch: int | None = None
     max_len: int | None = None
     threads: int | None = None
+    devices: Seq[int] | None = None
 
 
 def run(source: Source, results: ResultFile, settings: Settings, console: Console) -> Tally:
@@ -100,7 +102,9 @@ def _scan(source: Source, recipe: Recipe | None, console: Console) -> Scan:
 
 
 def _load(encoder: PromptEncoder, settings: Settings, max_len: int | None, console: Console) -> LLM:
-    plan = LLM.plan(encoder, max_batch=settings.max_batch, max_len=max_len)
+    plan = LLM.plan(
+        encoder, max_batch=settings.max_batch, max_len=max_len, devices=settings.devices
+    )
     plan.check()
     console.say(plan.summary())
     with console.status(lambda: ["loading the model"]):
@@ -109,6 +113,9 @@ def _load(encoder: PromptEncoder, settings: Settings, max_len: int | None, conso
             max_batch=settings.max_batch,
             max_len=max_len,
             threads=settings.threads,
+            devices=settings.devices,
         )
-    console.say(f"max_batch {llm.max_batch}, max_len {llm.max_len}, threads {llm.threads}")
+    numbers = ", ".join(map(str, settings.devices or [0]))
+    where = f"devices {numbers}" if llm.threads is None else f"threads {llm.threads}"
+    console.say(f"max_batch {llm.max_batch}, max_len {llm.max_len}, {where}")
     return llm

@@ -1,0 +1,381 @@
+"""ONNX Runtime on a CUDA device: the ``paged`` dialect, steps queued one behind the other.
+
+A step is a copy to the device, the decoder's kernels and the sampler's, and a copy back, all on one
+stream. The next one takes its tokens from where the sampler left them, so it is queued before the
+host has seen them. Steps that decode come in few sizes, and from the second time on each is one
+launch of a captured graph, the sampler in it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection
+from collections.abc import Sequence as Seq
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llama_runtime.backends.base import Outcome
+from llama_runtime.backends.cuda_device import INSTALL, Device
+from llama_runtime.backends.cuda_sampler import CudaSampler
+from llama_runtime.backends.ort_library import check_signature, import_library
+from llama_runtime.contract import CACHE_ITEM_BYTES, MAX_TOP_LOGPROBS, PAGED, DType, Geometry
+from llama_runtime.errors import BackendError, DependencyError
+from llama_runtime.graph_file import check_graph
+from llama_runtime.paged_batch import Layout, PagedBatch, PagedStep
+from llama_runtime.paged_cache import PagedCache
+from llama_runtime.scheduler import Chunk
+from llama_runtime.sequence import Sequence, TokenLogprob
+
+MAX_GRAPHS = 128  # captured at a time; the least recently used one makes room
+STAGES = 3  # steps whose host memory is in use: planned, running, read
+_ONNX_TYPES = {"float16": 10, "bfloat16": 16, "float8e4m3fn": 17, "int64": 7, "int32": 6}
+_ITEM_BYTES = 2  # of activations
+
+
+def open_cuda_session(graph: Path, device: Device) -> Any:
+    """Load a graph and its weights onto a device.
+
+    Args:
+        graph: an ONNX file in the ``paged`` dialect.
+        device: its stream is the session's.
+
+    Returns:
+        An ``onnxruntime.InferenceSession``.
+
+    Raises:
+        DependencyError: onnxruntime is missing, installed twice, or has no CUDA provider.
+        BackendError: the graph can't be loaded, or breaks a rule of ``graph_file``.
+    """
+    check_graph(graph)
+    ort, schemas = import_library("gpu")
+    if "CUDAExecutionProvider" not in ort.get_available_providers() or not schemas(
+        "PagedAttention"
+    ):
+        raise DependencyError(
+            f"onnxruntime {ort.__version__} has no CUDA provider with PagedAttention: "
+            f"pip uninstall onnxruntime, then {INSTALL}"
+        )
+    with suppress(Exception):  # CUDA's libraries may be on the loader's path already
+        ort.preload_dlls()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised; its own lines would say it twice
+    # Products of int4 weights in one kernel, not by writing the weights out first.
+    options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")
+    provider = {
+        "device_id": str(device.ordinal),
+        "user_compute_stream": str(device.stream),
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+    try:
+        session = ort.InferenceSession(
+            graph, options, providers=[("CUDAExecutionProvider", provider)]
+        )
+    except Exception as error:  # ONNX Runtime raises many types that share no base of its own
+        raise BackendError(f"{graph} can't be loaded: {error}") from error
+    if "CUDAExecutionProvider" not in session.get_providers():
+        raise DependencyError(
+            f"onnxruntime can't load its CUDA provider, for want of a library of CUDA: {INSTALL}"
+        )
+    return session
+
+
+class OrtCuda:
+    """See ``Runner``.
+
+    Args:
+        graph: an ONNX file in the ``paged`` dialect.
+        geometry: the model's numbers.
+        device: this owns and closes it.
+        cache: who holds which block; its pool is allocated here.
+        dtype: of activations.
+        cache_dtype: of keys and values; None is that of activations.
+        prompt_budget: the most prompt tokens of a step.
+        eos_token_ids: every end token of the model.
+
+    Attributes:
+        num_graphs: how many sizes of steps have been captured so far.
+
+    Raises:
+        BackendError: the graph can't be loaded, or isn't that of the dialect and the geometry.
+    """
+
+    overlaps = True
+
+    def __init__(
+        self,
+        graph: Path,
+        geometry: Geometry,
+        device: Device,
+        cache: PagedCache,
+        *,
+        dtype: DType,
+        cache_dtype: DType | None = None,
+        prompt_budget: int,
+        eos_token_ids: Collection[int],
+    ) -> None:
+        device.use()
+        self._device = device
+        self._cache = cache
+        self._batch = PagedBatch(cache, prompt_budget, geometry.vocab_size)
+        self._dialect = PAGED.typed(dtype, cache_dtype)
+        self._session = open_cuda_session(graph, device)
+        sizes = {"K": geometry.num_kv_heads, "D": geometry.head_dim, "V": geometry.vocab_size}
+        inputs = (*PAGED.inputs, *self._dialect.cache_inputs(geometry.num_layers))
+        outputs = (self._dialect.logits, *self._dialect.cache_outputs(geometry.num_layers))
+        check_signature(self._session, inputs, outputs, {**sizes, "3": 3})
+
+        largest = self._batch.largest
+        self._inputs = device.allocate(largest.num_bytes)
+        self._input_ids = device.allocate(8 * largest.num_tokens)
+        self._vocab_size = geometry.vocab_size
+        self._logits = device.allocate(_ITEM_BYTES * largest.num_logits * geometry.vocab_size)
+        self._sampler = CudaSampler(
+            device,
+            dtype,
+            vocab_size=geometry.vocab_size,
+            num_slots=cache.num_slots,
+            max_rows=largest.num_logits,
+            eos_token_ids=eos_token_ids,
+        )
+        self._scores = _Scores(device, largest.num_logits)
+        self._stages = [_Stage(device, largest) for _ in range(STAGES)]
+        self._cells = (cache.num_blocks, cache.block_size, geometry.num_kv_heads, geometry.head_dim)
+        item_bytes = CACHE_ITEM_BYTES[self._dialect.cache_dtype]
+        self._block_bytes = item_bytes * int(np.prod(self._cells[1:]))
+        self._pools = [
+            device.allocate(cache.num_blocks * self._block_bytes)
+            for _ in range(2 * geometry.num_layers)
+        ]
+        self._num_layers = geometry.num_layers
+        self._options = _run_options()
+        self._loose = self._binding(np.zeros(3, np.int32))
+        self._graphs: OrderedDict[Layout, Any] = OrderedDict()
+        self._num_launched = 0
+        self.num_graphs = 0
+        device.synchronize()
+
+    def launch(self, chunks: Seq[Chunk]) -> InFlight:
+        """See ``Runner.launch``."""
+        self._device.use()
+        stage = self._stages[self._num_launched % STAGES]
+        self._num_launched += 1
+        step = self._batch.build(chunks, stage.memory)
+        self._sampler.prepare([chunk.seq for chunk in chunks if chunk.seq.edited and chunk.samples])
+        self._device.upload(self._inputs, stage.memory[: step.layout.num_bytes])
+        if step.decodes:
+            self._decode(step.layout, step.metadata)
+        else:
+            self._run(self._loose, step.layout, step.metadata, step.num_sampled)
+        self._device.download(stage.tokens[: step.num_sampled], self._sampler.tokens)
+        is_scored = any(chunk.seq.scored for chunk in chunks)
+        num_top = self._score(step, stage) if is_scored else 0
+        self._device.record(stage.event)
+        return InFlight(self._device, stage, step, num_top, is_scored=is_scored)
+
+    def clean(self, seq: Sequence) -> None:
+        """See ``Runner.clean``; blocks that others share are theirs."""
+        self._device.use()
+        for block in self._cache.own_blocks(seq):
+            for pool in self._pools:
+                self._device.zero(pool + block * self._block_bytes, self._block_bytes)
+
+    def close(self) -> None:
+        """See ``Runner.close``."""
+        self._device.use()
+        with suppress(BackendError):
+            self._device.synchronize()
+        del self._loose, self._session
+        self._device.close()
+
+    def _decode(self, layout: Layout, metadata: npt.NDArray[np.int32]) -> None:
+        """Launch the graph of a size; the first time it runs as it is, and is captured after."""
+        graph = self._graphs.get(layout)
+        if graph is not None:
+            self._graphs.move_to_end(layout)
+            self._device.launch(graph)
+            return
+        binding = self._binding(metadata)
+        self._run(binding, layout, metadata, layout.num_logits)
+        if len(self._graphs) >= MAX_GRAPHS:
+            self._device.synchronize()
+            self._device.destroy(self._graphs.popitem(last=False)[1])
+        with self._device.captured() as captured:
+            self._run(binding, layout, metadata, layout.num_logits)
+        self._graphs[layout] = captured[0]
+        self.num_graphs += 1
+
+    def _run(
+        self,
+        binding: _Binding,
+        layout: Layout,
+        metadata: npt.NDArray[np.int32],
+        num_sampled: int,
+    ) -> None:
+        """Queue the kernels of a step whose arrays are on the device."""
+        binding.metadata[:] = metadata
+        places = {name: self._inputs + place[0] for name, place in layout.arrays.items()}
+        places["input_ids"] = self._input_ids
+        self._sampler.feed(places["given"], self._input_ids, layout.num_tokens)
+        shapes = {name: place[2] for name, place in layout.arrays.items()}
+        shapes["input_ids"] = shapes["given"]
+        ordinal, io = self._device.ordinal, binding.io
+        for spec in PAGED.inputs[:-1]:
+            kind = _ONNX_TYPES[spec.dtype]
+            io.bind_input(spec.name, "cuda", ordinal, kind, shapes[spec.name], places[spec.name])
+        kind = _ONNX_TYPES[self._dialect.logits_dtype]
+        shape = (layout.num_logits, self._vocab_size)
+        if layout.num_logits:
+            io.bind_output(self._dialect.logits.name, "cuda", ordinal, kind, shape, self._logits)
+        try:
+            self._session._sess.run_with_iobinding(io._iobinding, self._options)
+        except Exception as error:
+            raise BackendError(f"the graph failed: {error}") from error
+        if num_sampled:
+            self._sampler.sample(self._logits, places["rows"], num_sampled)
+
+    def _score(self, step: PagedStep, stage: _Stage) -> int:
+        """Queue what the log-probabilities of a step need; returns how many likeliest ones."""
+        sampling = [chunk for chunk in step.chunks if chunk.samples]
+        wanting = [i for i, chunk in enumerate(sampling) if chunk.seq.params.logprobs]
+        rows = [*wanting, *range(step.num_sampled, step.num_sampled + len(step.scored))]
+        if not rows:
+            return 0
+        num_top = max(
+            chunk.seq.params.top_logprobs
+            for chunk in step.chunks
+            if chunk.num_scored or (chunk.samples and chunk.seq.params.logprobs)
+        )
+        wanted = [-1] * len(wanting) + step.scored
+        scores = self._scores
+        self._device.upload(scores.rows, np.array(rows, np.int32))
+        self._device.upload(scores.wanted, np.array(wanted, np.int32))
+        self._sampler.score(
+            self._logits, scores.rows, scores.wanted, len(rows), num_top, scores.results
+        )
+        self._device.download(stage.logprobs[: len(rows)], scores.results[0])
+        if num_top:
+            self._device.download(stage.top_tokens[: len(rows) * num_top], scores.results[1])
+            self._device.download(stage.top_logprobs[: len(rows) * num_top], scores.results[2])
+        return num_top
+
+    def _binding(self, metadata: npt.NDArray[np.int32]) -> _Binding:
+        """A binding whose cache is bound; the rest is bound when it runs."""
+        ort, _ = import_library("gpu")
+        io, ordinal = self._session.io_binding(), self._device.ordinal
+        kind = _ONNX_TYPES[self._dialect.cache_dtype]
+        inputs = self._dialect.cache_inputs(self._num_layers)
+        outputs = self._dialect.cache_outputs(self._num_layers)
+        for pool, past, present in zip(self._pools, inputs, outputs, strict=True):
+            io.bind_input(past.name, "cuda", ordinal, kind, self._cells, pool)
+            io.bind_output(present.name, "cuda", ordinal, kind, self._cells, pool)
+        own = metadata.copy()
+        value = ort.OrtValue.ortvalue_from_numpy(own)  # shares the array's memory
+        io.bind_ortvalue_input(PAGED.inputs[-1].name, value)
+        return _Binding(io, own, value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Binding:
+    """An IO binding, and the array behind its one input in CPU memory."""
+
+    io: Any
+    metadata: npt.NDArray[np.int32]
+    value: Any
+
+
+class _Scores:
+    """Device memory of what ``CudaSampler.score`` reads and writes."""
+
+    def __init__(self, device: Device, max_rows: int) -> None:
+        self.rows = device.allocate(4 * max_rows)
+        self.wanted = device.allocate(4 * max_rows)
+        sizes = (8 * max_rows, 4 * max_rows * MAX_TOP_LOGPROBS, 8 * max_rows * MAX_TOP_LOGPROBS)
+        self.results = [device.allocate(size) for size in sizes]
+
+
+class _Stage:
+    """Host memory of one step: its arrays on the way out, its tokens on the way back."""
+
+    def __init__(self, device: Device, largest: Layout) -> None:
+        rows, tops = largest.num_logits, largest.num_logits * MAX_TOP_LOGPROBS
+        self.memory = device.pinned(largest.num_bytes)
+        self.tokens = device.pinned(4 * rows).view(np.int32)
+        self.logprobs = device.pinned(8 * rows).view(np.float64)
+        self.top_tokens = device.pinned(4 * tops).view(np.int32)
+        self.top_logprobs = device.pinned(8 * tops).view(np.float64)
+        self.event = device.event()
+
+
+class InFlight:
+    """See ``Launched``."""
+
+    def __init__(
+        self, device: Device, stage: _Stage, step: PagedStep, num_top: int, *, is_scored: bool
+    ) -> None:
+        self._device = device
+        self._stage = stage
+        self._num_top = num_top
+        self._num_sampled = step.num_sampled
+        self._is_scored = is_scored
+        if not is_scored:
+            return
+        self._chunks = step.chunks
+        # What follows from the state of sequences now, before it moves on.
+        self._num_scored = [chunk.num_scored for chunk in step.chunks]
+        self._first = [
+            chunk.seq.params.prompt_logprobs and chunk.seq.cache_len == 0 for chunk in step.chunks
+        ]
+        self._scored = step.scored
+        self._asked = [
+            chunk.seq.params.top_logprobs if chunk.seq.params.logprobs else None
+            for chunk in step.chunks
+            if chunk.samples
+        ]
+
+    @property
+    def ready(self) -> bool:
+        """See ``Launched.ready``."""
+        return self._device.passed(self._stage.event)
+
+    def result(self) -> Outcome:
+        """See ``Launched.result``."""
+        self._device.wait(self._stage.event)
+        tokens = self._stage.tokens[: self._num_sampled].tolist()
+        logprobs: list[TokenLogprob | None] = [None] * len(tokens)
+        prompt: list[list[TokenLogprob | None]] = []
+        if not self._is_scored:
+            return Outcome(tokens, logprobs, prompt)
+        place = 0
+        for i, num_top in enumerate(self._asked):
+            if num_top is not None:
+                logprobs[i] = self._logprob(place, tokens[i], num_top)
+                place += 1
+        following = iter(self._scored)
+        for chunk, first, count in zip(self._chunks, self._first, self._num_scored, strict=True):
+            prompt.append([None] if first else [])
+            for _ in range(count):
+                num_top = chunk.seq.params.top_logprobs
+                prompt[-1].append(self._logprob(place, next(following), num_top))
+                place += 1
+        return Outcome(tokens, logprobs, prompt)
+
+    def _logprob(self, place: int, token_id: int, num_top: int) -> TokenLogprob:
+        begin = place * self._num_top
+        top = zip(
+            self._stage.top_tokens[begin : begin + num_top].tolist(),
+            self._stage.top_logprobs[begin : begin + num_top].tolist(),
+            strict=True,
+        )
+        return TokenLogprob(token_id, float(self._stage.logprobs[place]), tuple(top))
+
+
+def _run_options() -> Any:
+    ort, _ = import_library("gpu")
+    options = ort.RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options
