@@ -6,28 +6,32 @@ so an output either is a whole, verified bundle or isn't there.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import logging
 import platform
 import shutil
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
-from llama_decoder.attention import eager_attention, slots_attention
-from llama_decoder.checkpoint import Checkpoint, open_checkpoint
-from llama_decoder.decoder import build_decoder, rope_buffers
-from llama_decoder.weights import parameter_shapes
+import numpy as np
+import torch
+
+from llama_decoder.attention import eager_attention
+from llama_decoder.decoder import build_decoder
+from llama_export.device_check import check_on_device, usable_device
 from llama_export.errors import ExportError
-from llama_export.gguf_tokenizer import read_gguf_tokenizer
 from llama_export.model_card import model_card
 from llama_export.output_folder import new_directory
+from llama_export.paged_checks import PagedVerification, num_paged_steps, verify_paged
+from llama_export.precision import PRECISIONS, Precision, choose_precision
 from llama_export.sampler import save_sampler
-from llama_export.source_tokenizer import SourceTokenizer, read_huggingface_tokenizer
+from llama_export.source_tokenizer import SourceTokenizer
+from llama_export.sources import ModelSource, RandomSource, open_source
 from llama_export.stages import Stages
-from llama_export.trace import save_graph, trace_decoder
+from llama_export.trace import save_graph, trace_skeleton
 from llama_export.verify import Verification, num_compared_tokens, verify
 from llama_export.weight_file import (
     read_weights,
@@ -41,16 +45,14 @@ from llama_runtime.bundle import (
     Graph,
     Licence,
     Manifest,
-    Source,
     describe_file,
     describe_files,
     open_bundle,
     write_manifest,
 )
 from llama_runtime.bundle_limits import CHAT_TEMPLATE
-from llama_runtime.contract import SAMPLER, SLOTS
+from llama_runtime.contract import PAGED, SAMPLER
 from llama_runtime.errors import BundleError, one_line
-from llama_runtime.generation_config import default_params, eos_token_ids
 from llama_runtime.interrupts import Held
 from llama_runtime.prompt_encoder import PromptEncoder
 
@@ -60,17 +62,32 @@ GRAPH_FILE = "decoder.onnx"
 SAMPLER_FILE = "sampler.onnx"
 WEIGHT_FILE = "model.safetensors"
 MODEL_CARD = "README.md"
-TOOLS = ("torch", "onnx", "onnxruntime", "numpy", "tokenizers")
+TOOLS = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers")
 
 
 def build_bundle(
-    model: Path, output: Path, *, force: bool = False, stages: Stages | None = None
+    model: Path | str,
+    output: Path,
+    *,
+    target: str = "cpu",
+    precision: str | None = None,
+    kv_cache: str = "same",
+    random_seed: int | None = None,
+    force: bool = False,
+    stages: Stages | None = None,
 ) -> Manifest:
     """Build a bundle from a checkpoint.
 
     Args:
-        model: a Hugging Face directory or a ``.gguf`` file.
+        model: a Hugging Face directory or a ``.gguf`` file; with ``random_seed``, the name of a
+            published shape.
         output: the bundle's directory; must be absent or empty.
+        target: ``cpu`` or ``cuda``: what the graph is for.
+        precision: what the weights are stored in: ``fp32`` for the CPU; ``fp16``, ``bf16`` or
+            ``int4`` for CUDA. None is the first of these.
+        kv_cache: what keys and values are kept in: ``same``, the type of the activations; or
+            ``fp8``, for CUDA, in half the memory.
+        random_seed: make weights up from this seed, in the shape of ``model``.
         force: replace a bundle that is there. Other files are never removed.
         stages: where progress goes; None is silent.
 
@@ -79,20 +96,28 @@ def build_bundle(
 
     Raises:
         CheckpointError: the checkpoint can't be used.
-        ExportError: the output is in the way, or the graph doesn't compute what the model does.
+        ExportError: the output is in the way, precision or cache isn't one of the target's or can't
+            hold the model, or the graph doesn't compute what the model does.
     """
     stages = stages or Stages()
+    recipe = choose_precision(target, precision, kv_cache)
     check_output(output, force=force)
-    checkpoint = open_checkpoint(model)
+    source = open_source(model, random_seed)
     try:
         with new_directory(output) as directory:
-            return _write_bundle(checkpoint, directory, stages)
+            return write_bundle(source, recipe, directory, stages)
     except OSError as error:
         reason = error.strerror or error
         raise ExportError(f"{output} can't be written: {reason}") from error
 
 
-def verify_bundle(path: Path, model: Path, *, stages: Stages | None = None) -> Verification:
+def verify_bundle(
+    path: Path,
+    model: Path | str,
+    *,
+    random_seed: int | None = None,
+    stages: Stages | None = None,
+) -> Verification | PagedVerification:
     """Check a bundle's files, then its graph against the source, whose weights are read anew.
 
     A bundle that passes records the figures in its manifest, if they are others than before and it
@@ -100,30 +125,29 @@ def verify_bundle(path: Path, model: Path, *, stages: Stages | None = None) -> V
 
     Args:
         path: the bundle.
-        model: the checkpoint that it was built from.
+        model: the checkpoint that it was built from, or the shape.
+        random_seed: the seed of a bundle with random weights.
         stages: where progress goes; None is silent.
 
     Raises:
         BundleError: a file of the bundle is not what was built.
         CheckpointError: the checkpoint can't be used.
-        ExportError: the bundle was built from another checkpoint.
+        ExportError: the bundle was built from another checkpoint, or the structure of its graph is
+            not that of the contract.
     """
     stages = stages or Stages()
     with stages("hash files"):
         bundle = open_bundle(path, verify="full")
     with stages("hash source"):
-        checkpoint = open_checkpoint(model)
-        source, built_from = _source(checkpoint), bundle.manifest.source
-        if source.sha256 != built_from.sha256:
+        source = open_source(model, random_seed)
+        given, built_from = source.record(), bundle.manifest.source
+        if given.sha256 != built_from.sha256:
             raise ExportError(
                 f"{path} was built from {built_from.file} (sha256 {built_from.sha256}), not from "
-                f"{model} (sha256 {source.sha256})"
+                f"{model} (sha256 {given.sha256})"
             )
-    with stages("load source"):
-        decoder = build_decoder(checkpoint.config, checkpoint.weights(), eager_attention)
-    with stages("verify", num_compared_tokens()) as advance:
-        result = verify(bundle, decoder, advance)
-    figures = result.as_dict()
+    result = _verify(bundle, source, source.weights(), stages)
+    figures = {**bundle.manifest.verification, **result.as_dict()}
     if result.passed and figures != bundle.manifest.verification:
         try:
             with Held():  # of one file, so that an interrupt or a full disk leaves a whole bundle
@@ -153,54 +177,35 @@ def check_output(output: Path, *, force: bool) -> None:
         ) from error
 
 
-def read_tokenizer(checkpoint: Checkpoint) -> SourceTokenizer:
-    """The checkpoint's tokenizer, whatever its format.
-
-    Raises:
-        ExportError: it, or what the model publishes on generation, can't be used.
-        CheckpointError: a GGUF file's metadata can't.
-    """
-    if checkpoint.source_format == "gguf":
-        tokenizer = read_gguf_tokenizer(checkpoint.metadata)
-    else:
-        tokenizer = read_huggingface_tokenizer(checkpoint.path)
-    config = tokenizer.generation_config
-    try:
-        json.dumps(config, allow_nan=False)
-        default_params(config)
-        eos_token_ids(config)
-    except (ValueError, BundleError) as error:  # the runtime would refuse it in the bundle
-        raise ExportError(f"{checkpoint.path} can't be used: {error}") from error
-    return tokenizer
-
-
-def _write_bundle(checkpoint: Checkpoint, directory: Path, stages: Stages) -> Manifest:
-    config = checkpoint.config
-    weights = directory / WEIGHT_FILE
+def write_bundle(
+    source: ModelSource, precision: Precision, directory: Path, stages: Stages
+) -> Manifest:
+    """Write a bundle into an empty directory, and check it; see ``build_bundle``."""
+    config = source.config
+    precision.check(config)
+    layout = precision.layout(config)
     with stages("read tokenizer"):
-        tokenizer = read_tokenizer(checkpoint)
+        tokenizer = source.tokenizer()
         _write_texts(directory, tokenizer)
-    tables = [(name, table.numpy()) for name, table in rope_buffers(config)]
-    shapes = parameter_shapes(config) | {name: table.shape for name, table in tables}
-    with stages("stream weights", weight_bytes(shapes)) as advance:
-        for written in write_weights(weights, shapes, chain(checkpoint.weights(), tables)):
+    with stages("stream weights", weight_bytes(layout)) as advance:
+        for written in write_weights(directory / WEIGHT_FILE, layout, source.pieces(precision)):
             advance(written)
     with stages("trace decoder"):
-        traced = trace_decoder(build_decoder(config, read_weights(weights), slots_attention), SLOTS)
-        save_graph(traced, directory / GRAPH_FILE, WEIGHT_FILE, weight_regions(shapes))
+        traced = trace_skeleton(config, precision)
+        save_graph(traced, directory / GRAPH_FILE, WEIGHT_FILE, weight_regions(layout))
         save_sampler(config.vocab_size, directory / SAMPLER_FILE)
-    licence_files = checkpoint.licence_files()
+    licence_files = source.licence_files()
     for path in licence_files:
         shutil.copyfile(path, directory / path.name)
     with stages("hash files"):
         manifest = Manifest(
-            name=one_line(checkpoint.name, 200),
+            name=one_line(source.name, 200),
             created_by=_tool_versions(),
-            source=_source(checkpoint),
-            licence=Licence(checkpoint.licence, tuple(path.name for path in licence_files)),
+            source=source.record(),
+            licence=Licence(source.licence, tuple(path.name for path in licence_files)),
             geometry=config.geometry,
             graphs=(
-                Graph(dialect=SLOTS.name, precision="fp32", file=GRAPH_FILE),
+                Graph(dialect=precision.dialect.name, precision=precision.name, file=GRAPH_FILE),
                 Graph(dialect=SAMPLER, precision="fp32", file=SAMPLER_FILE),
             ),
             special_tokens=tokenizer.special_tokens,
@@ -208,13 +213,47 @@ def _write_bundle(checkpoint: Checkpoint, directory: Path, stages: Stages) -> Ma
             files=describe_files(directory),
         )
         write_manifest(directory, manifest)
-    with stages("verify", num_compared_tokens()) as advance:
-        decoder = build_decoder(config, read_weights(weights), eager_attention)
-        bundle = open_bundle(directory, verify="size")
-        _check_text_side(bundle)
-        result = verify(bundle, decoder, advance)
-        result.require_passed()
+    bundle = open_bundle(directory, verify="size")
+    _check_text_side(bundle)
+    run = not isinstance(source, RandomSource)  # which are for measuring: that would take longest
+    result = _verify(bundle, source, read_weights(directory / WEIGHT_FILE), stages, run=run)
+    result.require_passed()
     return _record(directory, manifest, result)
+
+
+def _verify(
+    bundle: Bundle,
+    source: ModelSource,
+    weights: Iterable[tuple[str, np.ndarray | torch.Tensor]],
+    stages: Stages,
+    *,
+    run: bool = True,
+) -> Verification | PagedVerification:
+    """Check a bundle's graph against its source, as far as this host can.
+
+    Args:
+        bundle: its files have been checked.
+        source: what it was built from.
+        weights: for a graph that can be run here, the parameters to run the decoder with.
+        stages: where progress goes.
+        run: whether a paged graph is run, where there is a GPU.
+    """
+    graphs = {graph.dialect: graph for graph in bundle.manifest.graphs}
+    if PAGED.name in graphs:
+        precision = PRECISIONS[graphs[PAGED.name].precision]
+        with stages("check weights", num_paged_steps(source)) as advance:
+            checked = verify_paged(bundle, source, precision, bundle.path / WEIGHT_FILE, advance)
+        device = usable_device() if run else None
+        if device is None:
+            stages.note("the graph has not been run: llama-export verify does on a host with CUDA")
+            return checked
+        with stages("run on the GPU"):
+            found = check_on_device(bundle, source.config, precision, device)
+            return replace(checked, device=found)
+    with stages("load source"):
+        decoder = build_decoder(source.config, weights, eager_attention)
+    with stages("verify", num_compared_tokens()) as advance:
+        return verify(bundle, decoder, advance)
 
 
 def _check_text_side(bundle: Bundle) -> None:
@@ -229,7 +268,9 @@ def _check_text_side(bundle: Bundle) -> None:
         raise ExportError(f"the runtime can't use what was built: {error}") from error
 
 
-def _record(directory: Path, manifest: Manifest, result: Verification) -> Manifest:
+def _record(
+    directory: Path, manifest: Manifest, result: Verification | PagedVerification
+) -> Manifest:
     """Write the figures into the model card and the manifest."""
     manifest = replace(manifest, verification=result.as_dict())
     card = directory / MODEL_CARD
@@ -237,18 +278,6 @@ def _record(directory: Path, manifest: Manifest, result: Verification) -> Manife
     manifest = replace(manifest, files={**manifest.files, MODEL_CARD: describe_file(card)})
     write_manifest(directory, manifest)
     return manifest
-
-
-def _source(checkpoint: Checkpoint) -> Source:
-    """Name and hash of the checkpoint; of several files, the hash of what sha256sum prints."""
-    digests = checkpoint.sha256()
-    if len(digests) == 1:
-        (digest,) = digests.values()
-    else:
-        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
-        digest = hashlib.sha256(lines.encode()).hexdigest()
-    name = one_line(checkpoint.path.resolve().name)
-    return Source(format=checkpoint.source_format, file=name, sha256=digest)
 
 
 def _write_texts(directory: Path, tokenizer: SourceTokenizer) -> None:
@@ -261,5 +290,8 @@ def _write_texts(directory: Path, tokenizer: SourceTokenizer) -> None:
 
 
 def _tool_versions() -> dict[str, str]:
-    versions = {name: importlib.metadata.version(name) for name in TOOLS}
+    versions = {}
+    for name in TOOLS:
+        with suppress(importlib.metadata.PackageNotFoundError):  # of onnxruntime there is either
+            versions[name] = importlib.metadata.version(name)
     return {"llama-caravan": __version__, "python": platform.python_version(), **versions}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from llama_decoder.checkpoint import open_checkpoint
 from llama_decoder.weights import parameter_shapes
-from llama_export.build import read_tokenizer
-from llama_export.weight_file import weight_bytes
+from llama_export.sources import read_tokenizer
+from llama_export.weight_file import float32_layout, weight_bytes
 
 
 def describe_model(path: Path) -> Iterator[tuple[str, str]]:
@@ -28,7 +28,7 @@ def describe_model(path: Path) -> Iterator[tuple[str, str]]:
     yield "format", f"{checkpoint.source_format} ({path})"
     yield "licence", checkpoint.licence or "not stated"
     yield "parameters", f"{sum(map(prod, shapes.values())):,}"
-    yield "bundle in fp32", f"{weight_bytes(shapes) / 1e6:,.0f} MB"
+    yield "bundle in fp32", f"{weight_bytes(float32_layout(shapes)) / 1e6:,.0f} MB"
     yield "layers", str(config.num_layers)
     yield "hidden size", f"{config.hidden_size:,} (MLP {config.intermediate_size:,})"
     yield "heads", f"{config.num_heads}, {config.num_kv_heads} for keys and values"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llama_runtime.bundle import Manifest
+from llama_runtime.contract import PAGED, SAMPLER
 
 
 def model_card(manifest: Manifest) -> str:
@@ -12,17 +13,21 @@ def model_card(manifest: Manifest) -> str:
     if manifest.licence.files:
         licence += f" (see {', '.join(manifest.licence.files)})"
     graphs = "\n".join(f"| {g.file} | {g.dialect} | {g.precision} |" for g in manifest.graphs)
+    on_cuda = any(graph.dialect == PAGED.name for graph in manifest.graphs)
+    target, extra = ("an NVIDIA GPU (cuda)", "gpu") if on_cuda else ("the CPU (cpu)", "cpu")
+    precision = next(g.precision for g in manifest.graphs if g.dialect != SAMPLER)
     tools = ", ".join(f"{name} {version}" for name, version in manifest.created_by.items())
     return f"""# {manifest.name}
 
 A Caravan bundle: a Llama decoder as compiled graphs, ready to run without PyTorch.
 
-    pip install 'llama-caravan[cpu]'
+    pip install 'llama-caravan[{extra}]'
     llama-run generate "Once upon a time" --bundle .
 
 | | |
 |---|---|
 | source | {manifest.source.file} ({manifest.source.format}, sha256 {manifest.source.sha256}) |
+| target, precision | {target}, {precision} |
 | licence of the model | {licence} |
 | layers, hidden size | {geometry.num_layers}, {geometry.hidden_size} |
 | heads, KV heads, head dimension | {geometry.num_heads}, {geometry.num_kv_heads}, \
@@ -42,10 +47,23 @@ Built with {tools}.
 
 def _verification(manifest: Manifest) -> str:
     figures = manifest.verification
-    if not figures:
-        return "Not verified against its source."
-    return (
-        f"Verified against its source on {figures['rows']} rows of logits from a ragged batch: "
-        f"they differ by at most {figures['max_logit_difference']:.2g}, and "
-        f"{figures['greedy_agreement']:.1%} have the same likeliest token."
-    )
+    sentences = []
+    if manifest.source.format == "random":
+        sentences.append("Its weights are random numbers: it is for measuring speed.")
+    if "weights_rows" in figures:
+        sentences.append(
+            f"Weights in {figures['weights_precision']} were compared with the source's on "
+            f"{figures['weights_rows']} rows of logits: they differ by at most "
+            f"{figures['weights_max_logit_difference']:.2g}, where the source's have a standard "
+            f"deviation of {figures['weights_logit_spread']:.2g}, and "
+            f"{figures['weights_greedy_agreement']:.1%} have the same likeliest token."
+        )
+    if "rows" in figures:
+        sentences.append(
+            f"Verified against its source on {figures['rows']} rows of logits from a ragged batch: "
+            f"they differ by at most {figures['max_logit_difference']:.2g}, and "
+            f"{figures['greedy_agreement']:.1%} have the same likeliest token."
+        )
+    else:
+        sentences.append("The graph was not run when the bundle was built.")
+    return " ".join(sentences)

@@ -57,6 +57,10 @@ class Stages:
             raise
         self._end_line(f"{name:<20}{time.monotonic() - start:6.1f} s")
 
+    def note(self, sentence: str) -> None:
+        """Print what a person should know beside the stages."""
+        self._write(f"{sentence}\n")
+
     def _end_line(self, line: str) -> None:
         self._write(f"\r\x1b[K{line}\n" if self._terminal else f"{line}\n")
 

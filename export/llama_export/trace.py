@@ -1,8 +1,8 @@
 """Trace the decoder into an ONNX graph whose weights lie in another file.
 
-The names, types and axes are those of the contract. The decoder that is traced holds
-memory-mapped parameters, which tracing doesn't read; afterwards each initializer becomes an entry
-that points at the tensor of the same name in the bundle's weight file, so nothing is copied.
+The names, types and axes are those of the contract. The decoder that is traced is a skeleton, whose
+parameters are memory that nobody touches; afterwards each initializer becomes an entry that points
+at the tensor of the same name in the bundle's weight file, so no weight is read or copied.
 """
 
 from __future__ import annotations
@@ -14,19 +14,70 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
+from llama_decoder.attention import Attention, paged_attention, slots_attention
+from llama_decoder.config import LlamaConfig
 from llama_decoder.decoder import LlamaDecoder
 from llama_export.errors import ExportError
-from llama_export.passes import fold_residuals, separate_factors
-from llama_export.weight_file import Region
-from llama_runtime.contract import LOGITS, Dialect
+from llama_export.passes import CACHE_PASSES, PASSES, PRECISION_PASSES, STORED_AS
+from llama_export.precision import KV_SCALE, Precision
+from llama_export.weight_file import Region, Tag
+from llama_runtime.contract import Dialect
 
 OPSET = 23  # the first with RMSNormalization, which ONNX Runtime runs as one kernel
 # Sizes of the example step. All differ and none is 0 or 1: torch.export takes equal sizes for one
 # axis and small ones for constants.
-EXAMPLE = {"N": 12, "R": 4, "B": 3, "S": 5, "C": 40}
+EXAMPLE = {"N": 12, "R": 4, "B": 3, "B+1": 6, "S": 5, "C": 40, "M": 10, "G": 16, "P": 7}
+
+ATTENTIONS: dict[str, Attention] = {"slots": slots_attention, "paged": paged_attention}
+IR_TYPES: dict[Tag, ir.DataType] = {
+    "F32": ir.DataType.FLOAT,
+    "F16": ir.DataType.FLOAT16,
+    "BF16": ir.DataType.BFLOAT16,
+    "U8": ir.DataType.UINT8,
+}
+# The exporter takes initializers of no more elements, if they are equal, for one.
+_COMPARED_ELEMENTS = 1024
+
+
+def trace_skeleton(config: LlamaConfig, precision: Precision) -> ir.Model:
+    """The graph of a bundle, traced without any weights."""
+    dialect = precision.dialect
+    decoder = skeleton(config, ATTENTIONS[dialect.name], getattr(torch, precision.activations))
+    model = trace_decoder(decoder, dialect.typed(precision.activations))
+    for change in PRECISION_PASSES.get(precision.weights, ()):
+        change(model)
+    if precision.cache is not None:
+        for change in CACHE_PASSES[precision.cache]:
+            change(model)
+    return model
+
+
+def skeleton(config: LlamaConfig, attention: Attention, dtype: torch.dtype) -> LlamaDecoder:
+    """A decoder for tracing: its parameters have a type and a shape, and values that mean nothing.
+
+    The system gives memory to pages that are touched, and these aren't; so one of any size is made
+    at once. Tensors on torch's meta device would do but for the small ones, which the exporter
+    compares: those get the bits of a number of their own.
+
+    Args:
+        config: the model's numbers.
+        attention: the dialect.
+        dtype: of every parameter and of the RoPE tables.
+    """
+    with torch.device("meta"):
+        decoder = LlamaDecoder(config, attention).to(dtype)
+    state = {}
+    for number, (name, tensor) in enumerate(decoder.state_dict().items(), start=1):
+        state[name] = torch.empty(tensor.shape, dtype=dtype)
+        if tensor.numel() <= _COMPARED_ELEMENTS:
+            bits = torch.int16 if dtype.itemsize == 2 else torch.int32
+            state[name].view(bits).fill_(number)
+    decoder.load_state_dict(state, strict=True, assign=True)
+    return decoder.requires_grad_(False).eval()
 
 
 def trace_decoder(decoder: LlamaDecoder, dialect: Dialect) -> ir.Model:
@@ -37,7 +88,7 @@ def trace_decoder(decoder: LlamaDecoder, dialect: Dialect) -> ir.Model:
         dialect: names, types and axes.
     """
     config = decoder.config
-    sizes = EXAMPLE | {"K": config.num_kv_heads, "D": config.head_dim}
+    sizes = EXAMPLE | {"K": config.num_kv_heads, "D": config.head_dim, "3": 3}
     axes = dict.fromkeys(EXAMPLE, torch.export.Dim.DYNAMIC)
     step = dialect.inputs
     cache = dialect.cache_inputs(config.num_layers)
@@ -55,16 +106,18 @@ def trace_decoder(decoder: LlamaDecoder, dialect: Dialect) -> ir.Model:
         program = torch.onnx.export(
             decoder,
             args=(
-                *(example(spec.axes, spec.dtype) for spec in step),
+                *(example(spec.axes, spec.dtype) for spec in step[:2]),
+                [example(spec.axes, spec.dtype) for spec in step[2:]],
                 pairs([example(spec.axes, spec.dtype) for spec in cache]),
             ),
             dynamic_shapes=(
-                *(dynamic(spec.axes) for spec in step),
+                *(dynamic(spec.axes) for spec in step[:2]),
+                [dynamic(spec.axes) for spec in step[2:]],
                 pairs([dynamic(spec.axes) for spec in cache]),
             ),
             input_names=[spec.name for spec in (*step, *cache)],
             output_names=[
-                spec.name for spec in (LOGITS, *dialect.cache_outputs(config.num_layers))
+                spec.name for spec in (dialect.logits, *dialect.cache_outputs(config.num_layers))
             ],
             opset_version=OPSET,
             dynamo=True,
@@ -74,7 +127,8 @@ def trace_decoder(decoder: LlamaDecoder, dialect: Dialect) -> ir.Model:
         raise ExportError("torch.onnx.export returned no program")
     model = program.model
     _name_axes(model, dialect, config.num_layers)
-    fold_residuals(model)
+    for change in PASSES[dialect.name]:
+        change(model)
     return model
 
 
@@ -83,34 +137,59 @@ def save_graph(
 ) -> None:
     """Save the graph with its weights as references into ``weight_file`` beside it.
 
-    Small constants that the exporter made itself stay inside the graph.
+    Small whole numbers that the exporter made itself, such as shapes, stay inside the graph, and
+    the scale of an 8-bit cache, which is 1.
 
     Raises:
-        ExportError: a tensor of the weight file is not an initializer of the graph, or the graph
-            holds a large one that the file doesn't.
+        ExportError: a tensor of the weight file is not an initializer of the graph, or another type
+            or shape; or the graph holds numbers of its own that the file doesn't, which the
+            exporter may have computed from parameters that mean nothing.
     """
     initializers = model.graph.initializers
     unused = sorted(set(regions) - set(initializers))
     if unused:
         raise ExportError(f"the traced graph lost the weights {', '.join(unused[:5])}")
-    twins = separate_factors(model)
-    regions = {**regions, **{twin: regions[name] for twin, name in twins.items()}}
     for name, value in initializers.items():
         tensor = value.const_value
-        region = regions.get(name)
-        if region is not None and tensor is not None:
-            value.const_value = ir.ExternalTensor(
-                weight_file,
-                region.offset,
-                region.length,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                name=name,
-                base_dir=path.parent,
-            )
-        elif tensor is not None and tensor.nbytes > 1 << 16:
-            raise ExportError(f"the traced graph holds a large constant of its own: {name}")
+        region = regions.get(value.meta.get(STORED_AS, name))
+        if tensor is None:
+            continue
+        if region is not None:
+            value.const_value = _reference(tensor, region, name, path.parent / weight_file)
+        elif name == KV_SCALE and _is_one(tensor):
+            continue
+        elif tensor.dtype.is_floating_point() or tensor.nbytes > 1 << 16:
+            raise ExportError(f"the traced graph holds a constant of its own: {name}")
     ir.save(model, path)
+
+
+def _is_one(tensor: ir.TensorProtocol) -> bool:
+    """Whether it is float32 [1], and that is 1."""
+    one = np.ones(1, np.float32)
+    return (tensor.dtype, tuple(tensor.shape)) == (ir.DataType.FLOAT, (1,)) and bool(
+        np.array_equal(tensor.numpy(), one)
+    )
+
+
+def _reference(
+    tensor: ir.TensorProtocol, region: Region, name: str, weight_file: Path
+) -> ir.ExternalTensor:
+    """An initializer as a place in the weight file."""
+    stored = region.stored
+    if (tensor.dtype, tuple(tensor.shape)) != (IR_TYPES[stored.tag], stored.shape):
+        raise ExportError(
+            f"the traced graph has {name} as {tensor.dtype} {tuple(tensor.shape)}, the weight file "
+            f"as {stored.tag} {stored.shape}"
+        )
+    return ir.ExternalTensor(
+        weight_file.name,
+        region.offset,
+        region.length,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        name=name,
+        base_dir=weight_file.parent,
+    )
 
 
 def _name_axes(model: ir.Model, dialect: Dialect, num_layers: int) -> None:
@@ -118,7 +197,7 @@ def _name_axes(model: ir.Model, dialect: Dialect, num_layers: int) -> None:
     specs = (
         *dialect.inputs,
         *dialect.cache_inputs(num_layers),
-        LOGITS,
+        dialect.logits,
         *dialect.cache_outputs(num_layers),
     )
     for value, spec in zip((*model.graph.inputs, *model.graph.outputs), specs, strict=True):

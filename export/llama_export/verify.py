@@ -21,9 +21,9 @@ from llama_runtime.backends.base import Backend
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.bundle import Bundle
 from llama_runtime.contract import SLOTS, cache_capacity
-from llama_runtime.engine import Engine
 from llama_runtime.machine import default_threads
 from llama_runtime.params import SamplingParams
+from llama_runtime.slots_engine import slots_engine
 from llama_runtime.step_batch import Step
 from llama_runtime.tokenizer import Tokenizer
 
@@ -70,9 +70,17 @@ class Verification:
                 f"{self.greedy_agreement:.1%} of the likeliest tokens agree"
             )
 
-    def as_dict(self) -> dict[str, int | float]:
+    def as_dict(self) -> dict[str, object]:
         """As the manifest records it."""
         return asdict(self)
+
+    def summary(self) -> str:
+        """The figures in one sentence."""
+        return (
+            f"{self.rows} rows of logits differ by at most {self.max_logit_difference:.2g} "
+            f"(limit {self.logit_tolerance:g}); {self.greedy_agreement:.1%} of the likeliest "
+            f"tokens agree, {self.near_ties} more are near ties"
+        )
 
 
 def verify(
@@ -94,7 +102,7 @@ def verify(
     session = open_session(bundle.graph_path(SLOTS.name), default_threads())
     graph = OrtCpu(session, geometry, num_slots=NUM_SLOTS, capacity=capacity)
     compared = ComparedBackend(graph, decoder, NUM_SLOTS, capacity)
-    engine = Engine(
+    engine = slots_engine(
         compared,
         Tokenizer(bundle.tokenizer_path).byte_table,
         eos_token_ids=(),
@@ -143,7 +151,7 @@ class ComparedBackend:
         inputs = [torch.from_numpy(getattr(step, spec.name)) for spec in SLOTS.inputs]
         slots = slice(step.first_slot, step.first_slot + len(step.query_seqlens))
         window = [(key[slots], value[slots]) for key, value in self._cache]
-        expected, after = self._decoder(*inputs, window)
+        expected, after = self._decoder(*inputs[:2], inputs[2:], window)
         for (key, value), (new_key, new_value) in zip(self._cache, after, strict=True):
             key[slots], value[slots] = new_key, new_value
         if step.num_logits:

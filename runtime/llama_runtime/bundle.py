@@ -35,6 +35,7 @@ from typing import Literal
 
 from llama_runtime import verified
 from llama_runtime.bundle_limits import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER, check_limits
+from llama_runtime.contract import PAGED, SAMPLER, SLOTS
 from llama_runtime.errors import BundleError, RequestError
 from llama_runtime.manifest import (
     MANIFEST,
@@ -65,6 +66,7 @@ logger = logging.getLogger(__name__)
 _MAX_MANIFEST_BYTES = 2**20
 _MAX_ENTRIES = 10_000  # files and folders
 _REBUILD = "rebuild it with llama-export build"
+_TARGETS = {SLOTS.name: " --target cpu", PAGED.name: " --target cuda"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +89,10 @@ class Bundle:
         """
         graphs = {graph.dialect: graph.file for graph in self.manifest.graphs}
         if dialect not in graphs:
+            others = ", ".join(name for name in graphs if name != SAMPLER)
             raise BundleError(
-                f"{self.path} has no graph in the dialect {dialect}, only in {', '.join(graphs)}: "
-                f"{_REBUILD}"
+                f"{self.path} has no graph in the dialect {dialect}, only in {others}: "
+                f"{_REBUILD}{_TARGETS.get(dialect, '')}"
             )
         return self.path / graphs[dialect]
 

@@ -43,9 +43,9 @@ class Source:
     """The checkpoint that a bundle was built from.
 
     Attributes:
-        format: ``gguf`` or ``huggingface``.
-        file: its name, without a folder.
-        sha256: of the file, in lower-case hexadecimal.
+        format: ``gguf``, ``safetensors``, or ``random`` for weights that were made up.
+        file: its name, without a folder; of random weights, the model whose shape they have.
+        sha256: of the file, in lower-case hexadecimal; of random weights, of a text about them.
     """
 
     format: str
@@ -72,7 +72,8 @@ class Graph:
 
     Attributes:
         dialect: name of a dialect of the step contract; a bundle has one graph of each at most.
-        precision: name of the recipe of its weights, such as ``fp32``.
+        precision: name of the recipe of its weights: ``fp32``, ``fp16``, ``bf16``, or ``int4``
+            with fp16 activations; of one whose keys and values have 8 bits, ``+fp8kv`` behind it.
         file: the ONNX file in the bundle.
     """
 

@@ -14,9 +14,11 @@ from safetensors.numpy import load_file, save_file
 from llama_decoder.tiny import random_weights, tiny_config
 from llama_export.build import build_bundle, verify_bundle
 from llama_export.errors import ExportError
+from llama_export.precision import Precision
+from llama_runtime import memory_plan
 from llama_runtime.backends.ort_cpu import OrtCpu
 from llama_runtime.bundle import describe_file, open_bundle
-from llama_runtime.contract import LOGITS, SLOTS
+from llama_runtime.contract import SLOTS
 from llama_runtime.errors import BundleError
 from llama_runtime.step_batch import Step
 
@@ -50,7 +52,7 @@ def test_graph_speaks_the_contract(tiny_bundle: Path) -> None:
     sizes = {"K": config.num_kv_heads, "D": config.head_dim, "V": config.vocab_size}
     specs = {
         "input": (*SLOTS.inputs, *SLOTS.cache_inputs(config.num_layers)),
-        "output": (LOGITS, *SLOTS.cache_outputs(config.num_layers)),
+        "output": (SLOTS.logits, *SLOTS.cache_outputs(config.num_layers)),
     }
     for side, values in (("input", model.graph.input), ("output", model.graph.output)):
         assert [value.name for value in values] == [spec.name for spec in specs[side]]
@@ -69,6 +71,45 @@ def test_verification_figures_are_recorded(tiny_bundle: Path) -> None:
     assert figures["rows"] == 55
     assert 0 < float(str(figures["max_logit_difference"])) <= 1e-4
     assert "Verified against its source" in (tiny_bundle / "README.md").read_text()
+
+
+@pytest.mark.parametrize("precision", [None, "bf16", "int4"])
+def test_a_bundle_for_cuda_records_what_its_precision_costs(
+    precision: str | None, tiny_model: Path, tmp_path: Path
+) -> None:
+    manifest = build_bundle(tiny_model, tmp_path / "out", target="cuda", precision=precision)
+    name = precision or "fp16"
+    assert next((g.dialect, g.precision) for g in manifest.graphs) == ("paged", name)
+    figures = manifest.verification
+    assert figures["weights_precision"] == name
+    least, most = {"fp16": (1e-4, 0.02), "bf16": (0.01, 0.2), "int4": (0.3, 3.0)}[name]
+    assert least < float(str(figures["weights_max_logit_difference"])) < most
+    assert "rows" not in figures  # which would say that the graph was run
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"an NVIDIA GPU (cuda), {name}" in card
+    assert "was not run when the bundle was built" in card
+    bundle = open_bundle(tmp_path / "out", verify="full")
+    sizes = {n: e.size for n, e in manifest.files.items()}
+    expected = sizes["decoder.onnx"] + sizes["model.safetensors"]
+    assert memory_plan.weight_bytes(manifest, "paged") == expected
+    with pytest.raises(BundleError, match=r"only in paged: .* build --target cpu"):
+        bundle.graph_path("slots")
+
+
+def test_a_bundle_whose_weights_are_not_the_models_fails_the_gate(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of one kind of matrix in the wrong order."""
+    encode = Precision.encode
+
+    def swapped(self: Precision, parameter: str, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        stored = encode(self, parameter, rows)
+        return tuple(s[::-1].copy() if "down_proj" in parameter else s for s in stored)
+
+    monkeypatch.setattr(Precision, "encode", swapped)
+    with pytest.raises(ExportError, match="the weights in fp16 are not those of the model: "):
+        build_bundle(tiny_model, tmp_path / "out", target="cuda")
+    assert names(tmp_path) == set()
 
 
 def test_licence_and_notice_travel(tiny_model: Path, tmp_path: Path) -> None:

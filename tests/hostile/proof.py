@@ -85,16 +85,16 @@ def read_whole(path: Path) -> str:
     """What a build reads, down to the last weight: "loaded", or "refused: " and why."""
     from llama_decoder.checkpoint import open_checkpoint
     from llama_decoder.weights import parameter_shapes
-    from llama_export.build import read_tokenizer
-    from llama_export.weight_file import write_weights
+    from llama_export.sources import read_tokenizer
+    from llama_export.weight_file import float32_layout, write_weights
     from llama_runtime.errors import CaravanError
 
     try:
         checkpoint = open_checkpoint(path)
         read_tokenizer(checkpoint)
         checkpoint.licence_files()
-        shapes = parameter_shapes(checkpoint.config)
-        for _ in write_weights(Path(os.devnull), shapes, checkpoint.weights()):
+        layout = float32_layout(parameter_shapes(checkpoint.config))
+        for _ in write_weights(Path(os.devnull), layout, checkpoint.weights()):
             pass
         checkpoint.sha256()
     except CaravanError as error:

@@ -15,7 +15,12 @@ from llama_decoder.decoder import LlamaDecoder, build_decoder, rope_buffers
 from llama_decoder.tiny import random_weights, tiny_config
 from llama_export.trace import save_graph, trace_decoder
 from llama_export.verify import ComparedBackend
-from llama_export.weight_file import read_weights, weight_regions, write_weights
+from llama_export.weight_file import (
+    float32_layout,
+    read_weights,
+    weight_regions,
+    write_weights,
+)
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.contract import SLOTS
 from llama_runtime.kv_cache import SlotCache
@@ -60,12 +65,12 @@ def exported(
     config = tiny_config(**SHAPES[request.param])
     weights = {n: torch.from_numpy(w) for n, w in random_weights(config, seed=2).items()}
     weights |= dict(rope_buffers(config))
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    layout = float32_layout({name: tuple(tensor.shape) for name, tensor in weights.items()})
     arrays = ((name, tensor.numpy()) for name, tensor in weights.items())
-    list(write_weights(directory / "model.safetensors", shapes, arrays))
+    list(write_weights(directory / "model.safetensors", layout, arrays))
     stored = list(read_weights(directory / "model.safetensors"))
     graph = trace_decoder(build_decoder(config, stored, slots_attention), SLOTS)
-    save_graph(graph, directory / "decoder.onnx", "model.safetensors", weight_regions(shapes))
+    save_graph(graph, directory / "decoder.onnx", "model.safetensors", weight_regions(layout))
     return directory / "decoder.onnx", build_decoder(config, weights.items())
 
 
