@@ -10,7 +10,6 @@ import pytest
 
 from llama_runtime.contract import (
     DIALECTS,
-    LOGITS,
     SAMPLER_INPUTS,
     SAMPLER_OUTPUTS,
     Dialect,
@@ -34,7 +33,7 @@ def row(spec: TensorSpec) -> str:
 
 @pytest.mark.parametrize("dialect", DIALECTS.values(), ids=lambda d: d.name)
 def test_contract_table_is_the_contract_module(dialect: Dialect) -> None:
-    specs = (*dialect.inputs, *dialect.cache_inputs(1), LOGITS, *dialect.cache_outputs(1))
+    specs = (*dialect.inputs, *dialect.cache_inputs(1), dialect.logits, *dialect.cache_outputs(1))
     rows = between(f"contract: {dialect.name}").splitlines()[2:]
     assert rows == [row(spec) for spec in specs]
 
