@@ -11,9 +11,10 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+from llama_runtime.user_cache import cache_folder
 
 _MAX_BUNDLES = 100
 
@@ -62,10 +63,5 @@ def _load() -> dict[str, object]:
 
 
 def _cache_file() -> Path | None:
-    if sys.platform == "win32":
-        folder = os.environ.get("LOCALAPPDATA", "")
-    else:
-        folder = os.environ.get("XDG_CACHE_HOME", "")
-        if not os.path.isabs(folder):  # as the XDG specification asks
-            folder = os.path.expanduser("~/.cache")
-    return Path(folder, "llama-caravan", "verified.json") if os.path.isabs(folder) else None
+    folder = cache_folder()
+    return None if folder is None else folder / "verified.json"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -67,6 +66,7 @@ class Device:
         self._pinned: list[int] = []
         self._modules: list[Any] = []
         self._graphs: list[Any] = []
+        self._events: list[Any] = []
 
     def _check_driver(self) -> None:
         try:
@@ -127,8 +127,10 @@ class Device:
         self._call("cudaMemcpyAsync", target.ctypes.data, address, target.nbytes, kind, self.stream)
 
     def event(self) -> Any:
-        """A new event, without times."""
-        return self._call("cudaEventCreateWithFlags", self._runtime.cudaEventDisableTiming)
+        """A new event, without times, until ``close``."""
+        event = self._call("cudaEventCreateWithFlags", self._runtime.cudaEventDisableTiming)
+        self._events.append(event)
+        return event
 
     def record(self, event: Any) -> None:
         """Queue an event."""
@@ -180,21 +182,13 @@ class Device:
         self._graphs.remove(graph)
         self._call("cudaGraphExecDestroy", graph)
 
-    def compile(self, source: str, defines: Sequence[str], names: Sequence[str]) -> list[Kernel]:
-        """Compile CUDA C++ for this device.
+    def load(self, binary: bytes, names: Sequence[str]) -> list[Kernel]:
+        """Load machine code of ``cuda_compiler``.
 
         Args:
-            source: the text.
-            defines: macros, ``NAME`` or ``NAME=VALUE``.
+            binary: compiled for this device.
             names: its kernels, declared ``extern "C"``.
-
-        Raises:
-            BackendError: it doesn't compile.
         """
-        major, minor = self.capability
-        flags = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "-default-device"]
-        flags += [f"-D{define}" for define in defines]
-        binary = _compiled(source, tuple(flags))
         module = self._call("cuModuleLoadData", binary)
         self._modules.append(module)
         return [
@@ -208,6 +202,8 @@ class Device:
         self._runtime.cudaStreamSynchronize(self.stream)  # whatever it says: this is the end
         for graph in self._graphs:
             self._runtime.cudaGraphExecDestroy(graph)
+        for event in self._events:
+            self._runtime.cudaEventDestroy(event)
         for module in self._modules:
             self._driver.cuModuleUnload(module)
         for address in self._memory:
@@ -227,27 +223,6 @@ class Device:
     def _check(self, error: Any, name: str) -> None:
         if int(error):
             raise BackendError(f"CUDA failed: {name} says {error.name}")
-
-
-@cache
-def _compiled(source: str, flags: tuple[str, ...]) -> bytes:
-    """The machine code of CUDA C++; it takes seconds, so once a process."""
-    _, _, nvrtc = import_cuda()
-    error, program = nvrtc.nvrtcCreateProgram(source.encode(), b"sampler.cu", 0, [], [])
-    if int(error):
-        raise BackendError(f"NVRTC failed: {error.name}")
-    options = [flag.encode() for flag in flags]
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    if int(error):
-        _, size = nvrtc.nvrtcGetProgramLogSize(program)
-        log = b" " * size
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise BackendError(f"the kernels don't compile: {log.decode(errors='replace')}")
-    _, size = nvrtc.nvrtcGetCUBINSize(program)
-    binary = bytes(size)  # which is written into
-    nvrtc.nvrtcGetCUBIN(program, binary)
-    nvrtc.nvrtcDestroyProgram(program)
-    return binary
 
 
 class Kernel:

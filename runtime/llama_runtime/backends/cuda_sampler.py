@@ -10,7 +10,8 @@ from importlib.resources import files
 import numpy as np
 import numpy.typing as npt
 
-from llama_runtime.backends.cuda_device import Device
+from llama_runtime.backends.cuda_compiler import machine_code
+from llama_runtime.backends.cuda_device import Device, Kernel
 from llama_runtime.contract import DType
 from llama_runtime.sequence import Sequence
 from llama_runtime.stopping import end_token_ids
@@ -56,8 +57,9 @@ class CudaSampler:
         source = files("llama_runtime.backends").joinpath("kernels/sampler.cu").read_text("utf-8")
         # The sum of all weights must fit 64 bits, whatever the vocabulary.
         defines = [*_DEFINES[dtype], f"SCALE_BITS={62 - vocab_size.bit_length()}"]
+        binary = machine_code(source, device.capability, defines)
         self._sample, self._score, self._feed, self._scatter_bias, self._scatter_counts = (
-            device.compile(source, defines, _KERNELS)
+            device.load(binary, _KERNELS)
         )
         self.tokens = device.allocate(4 * max_rows)
         self._next = device.allocate(4 * num_slots)
@@ -160,9 +162,9 @@ class CudaSampler:
         self._device.upload(self._scratch, ids)
         self._device.upload(self._scratch + 4 * self._vocab_size, values)
 
-    def _scatter(self, kernel: object, table: int, size: int) -> None:
+    def _scatter(self, kernel: Kernel, table: int, size: int) -> None:
         values = self._scratch + 4 * self._vocab_size
-        kernel.launch(  # type: ignore[attr-defined]
+        kernel.launch(
             -(-size // THREADS),
             THREADS,
             _pointer(table),

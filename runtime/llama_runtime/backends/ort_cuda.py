@@ -8,6 +8,7 @@ launch of a captured graph, the sampler in it.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
@@ -30,6 +31,8 @@ from llama_runtime.paged_batch import Layout, PagedBatch, PagedStep
 from llama_runtime.paged_cache import PagedCache
 from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence, TokenLogprob
+
+logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 128  # captured at a time; the least recently used one makes room
 STAGES = 3  # steps whose host memory is in use: planned, running, read
@@ -152,9 +155,12 @@ class OrtCuda:
             for _ in range(2 * geometry.num_layers)
         ]
         self._num_layers = geometry.num_layers
-        self._options = _run_options()
+        self._ort, _ = import_library("gpu")
+        self._options = self._ort.RunOptions()  # not to wait at the end of a run
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._loose = self._binding(np.zeros(3, np.int32))
         self._graphs: OrderedDict[Layout, Any] = OrderedDict()
+        self._uncaptured: set[Layout] = set()
         self._num_launched = 0
         self.num_graphs = 0
         device.synchronize()
@@ -193,21 +199,34 @@ class OrtCuda:
         self._device.close()
 
     def _decode(self, layout: Layout, metadata: npt.NDArray[np.int32]) -> None:
-        """Launch the graph of a size; the first time it runs as it is, and is captured after."""
-        graph = self._graphs.get(layout)
-        if graph is not None:
+        """Launch the graph of a size; the first time it runs as it is, and is captured after.
+
+        What has run has run, so a capture that fails is no failure of the step; that size goes on
+        without one.
+        """
+        if layout in self._graphs:
             self._graphs.move_to_end(layout)
-            self._device.launch(graph)
+            self._device.launch(self._graphs[layout])
+            return
+        if layout in self._uncaptured:
+            self._run(self._loose, layout, metadata, layout.num_logits)
             return
         binding = self._binding(metadata)
         self._run(binding, layout, metadata, layout.num_logits)
         if len(self._graphs) >= MAX_GRAPHS:
             self._device.synchronize()
             self._device.destroy(self._graphs.popitem(last=False)[1])
-        with self._device.captured() as captured:
-            self._run(binding, layout, metadata, layout.num_logits)
-        self._graphs[layout] = captured[0]
-        self.num_graphs += 1
+        try:
+            with self._device.captured() as captured:
+                self._run(binding, layout, metadata, layout.num_logits)
+        except BackendError as error:
+            logger.warning(
+                "steps of %d rows run without a captured graph: %s", layout.num_rows, error
+            )
+            self._uncaptured.add(layout)
+        else:
+            self._graphs[layout] = captured[0]
+            self.num_graphs += 1
 
     def _run(
         self,
@@ -229,8 +248,7 @@ class OrtCuda:
             io.bind_input(spec.name, "cuda", ordinal, kind, shapes[spec.name], places[spec.name])
         kind = _ONNX_TYPES[self._dialect.logits_dtype]
         shape = (layout.num_logits, self._vocab_size)
-        if layout.num_logits:
-            io.bind_output(self._dialect.logits.name, "cuda", ordinal, kind, shape, self._logits)
+        io.bind_output(self._dialect.logits.name, "cuda", ordinal, kind, shape, self._logits)
         try:
             self._session._sess.run_with_iobinding(io._iobinding, self._options)
         except Exception as error:
@@ -265,7 +283,6 @@ class OrtCuda:
 
     def _binding(self, metadata: npt.NDArray[np.int32]) -> _Binding:
         """A binding whose cache is bound; the rest is bound when it runs."""
-        ort, _ = import_library("gpu")
         io, ordinal = self._session.io_binding(), self._device.ordinal
         kind = _ONNX_TYPES[self._dialect.cache_dtype]
         inputs = self._dialect.cache_inputs(self._num_layers)
@@ -274,7 +291,7 @@ class OrtCuda:
             io.bind_input(past.name, "cuda", ordinal, kind, self._cells, pool)
             io.bind_output(present.name, "cuda", ordinal, kind, self._cells, pool)
         own = metadata.copy()
-        value = ort.OrtValue.ortvalue_from_numpy(own)  # shares the array's memory
+        value = self._ort.OrtValue.ortvalue_from_numpy(own)  # shares the array's memory
         io.bind_ortvalue_input(PAGED.inputs[-1].name, value)
         return _Binding(io, own, value)
 
@@ -372,10 +389,3 @@ class InFlight:
             strict=True,
         )
         return TokenLogprob(token_id, float(self._stage.logprobs[place]), tuple(top))
-
-
-def _run_options() -> Any:
-    ort, _ = import_library("gpu")
-    options = ort.RunOptions()
-    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    return options

@@ -3,8 +3,9 @@
 // One block works on one row. What is computed is that of llama_runtime.sampling, which is the
 // specification, and nothing is sorted: a filter's border and the drawn token are found by
 // counting into bins, first by distance from the likeliest, then by the exact value. Weights are
-// whole numbers of 2^-SCALE_BITS, so sums don't depend on the order in which threads add. Of float32
-// weights as numpy has them in float64, a draw lands elsewhere once in some million.
+// whole numbers of 2^-SCALE_BITS, so sums don't depend on the order in which threads add. They come
+// from float32, where numpy has float64, so a draw that falls next to a border can land on its other
+// side: one in many thousands.
 //
 // NVRTC defines SCALE_BITS, and FLOAT16 or BFLOAT16 where logits are that. Nothing is included, so
 // that no toolkit's headers need to be there.
