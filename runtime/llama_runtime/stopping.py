@@ -14,9 +14,9 @@ def finish_reason(seq: Sequence, eos_token_ids: Collection[int]) -> FinishReason
         seq: with at least one completion token.
         eos_token_ids: every end token of the model (Llama 3 has several).
     """
-    newest, params = seq.token_ids[-1], seq.params
-    is_end = newest in eos_token_ids and not params.ignore_eos
-    if (is_end or newest in params.stop_token_ids) and reached_min_tokens(seq):
+    newest = seq.token_ids[-1]
+    is_end = newest in eos_token_ids and not seq.params.ignore_eos
+    if (is_end or newest in seq.params.stop_token_ids) and reached_min_tokens(seq):
         return "stop"
     if seq.num_completion_tokens >= seq.params.max_tokens:
         return "length"

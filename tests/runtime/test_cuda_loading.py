@@ -201,6 +201,17 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
     assert devices == [0, 0]
 
 
+def test_the_plan_is_about_the_fullest_device(
+    cuda_bundle: Path, devices: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {0: 70_000_000_000, 1: 30_000_000_000}
+    monkeypatch.setattr(FakeDevice, "memory", lambda self: (free[self.ordinal], MEMORY))
+    for numbers in ([0, 1], [1, 0]):
+        available = LLM.plan(cuda_bundle, devices=numbers).available
+        assert available.bound == "GPU 1, Fake GPU"
+        assert available.num_bytes < free[1]
+
+
 def test_a_precision_of_a_later_version_is_refused(cuda_bundle: Path, devices: list[int]) -> None:
     manifest = open_bundle(cuda_bundle, verify="size").manifest
     graphs = (Graph("paged", "fp4", "decoder.onnx"), manifest.graphs[1])
