@@ -11,17 +11,17 @@ from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from itertools import count
-from operator import attrgetter, index
+from operator import attrgetter
 from typing import NamedTuple
 
 from llama_runtime.backends.base import Launched, Runner
-from llama_runtime.detokenizer import Detokenizer, TokenBytes
-from llama_runtime.errors import BackendError, CapacityError, CaravanError, RequestError
-from llama_runtime.params import SamplingParams, fresh_seed
-from llama_runtime.sampling import NOT_FINITE, sampling_kind
+from llama_runtime.detokenizer import TokenBytes
+from llama_runtime.errors import BackendError, CaravanError
+from llama_runtime.new_sequence import new_sequence
+from llama_runtime.params import SamplingParams
+from llama_runtime.sampling import NOT_FINITE
 from llama_runtime.scheduler import Chunk, Scheduler
 from llama_runtime.sequence import FinishReason, Sequence, TokenLogprob
-from llama_runtime.stop_texts import StopTexts
 from llama_runtime.stopping import finish_reason, reached_min_tokens
 
 
@@ -154,25 +154,14 @@ class Engine:
             raise BackendError(f"the engine has stopped: {self.failure}") from self.failure
         if self.closed:
             raise CaravanError("the engine is closed")
-        if not isinstance(params, SamplingParams):
-            raise RequestError(
-                f"params must be SamplingParams, not {type(params).__name__}", param="params"
-            )
-        if not 0 <= sample < params.n:
-            raise RequestError(f"sample must lie in 0 to {params.n - 1}, not {sample}", param="n")
-        token_ids = self._checked_prompt(prompt_token_ids, params)
-        self._check_ids("stop_token_ids", params.stop_token_ids)
-        self._check_ids("logit_bias", params.logit_bias)
-        return Sequence(
-            id=next(self._ids),
-            token_ids=token_ids,
-            num_prompt_tokens=len(token_ids),
-            params=params,
-            seed=fresh_seed() if params.seed is None else params.seed,
-            detokenizer=Detokenizer(self._token_bytes),
-            stop_texts=StopTexts(params.stop, include=params.include_stop),
-            sample=sample,
-            kind=sampling_kind(params),
+        return new_sequence(
+            prompt_token_ids,
+            params,
+            sample,
+            ids=self._ids,
+            token_bytes=self._token_bytes,
+            vocab_size=self._vocab_size,
+            max_len=self.max_len,
         )
 
     def enqueue(self, seq: Sequence) -> None:
@@ -271,34 +260,6 @@ class Engine:
             self.closed = True
             self._drop_in_flight()
             self._runner.close()
-
-    def _checked_prompt(self, prompt: Seq[int], params: SamplingParams) -> list[int]:
-        try:
-            token_ids = [index(token_id) for token_id in prompt]
-        except TypeError:
-            raise RequestError(
-                "a prompt of tokens must be a list of whole numbers", param="prompt"
-            ) from None
-        length = len(token_ids)
-        if length == 0:
-            raise RequestError("the prompt is empty: it has no tokens", param="prompt")
-        if length + params.max_tokens > self.max_len:
-            raise CapacityError(
-                f"{length} prompt tokens and max_tokens {params.max_tokens} need "
-                f"{length + params.max_tokens} tokens, over max_len {self.max_len}: "
-                "shorten the prompt, lower max_tokens or raise max_len",
-                param="max_tokens" if length < self.max_len else "prompt",
-            )
-        self._check_ids("prompt", (min(token_ids), max(token_ids)))
-        return token_ids
-
-    def _check_ids(self, param: str, token_ids: Collection[int]) -> None:
-        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
-            raise RequestError(
-                f"{param}: token ids must lie in 0 to {self._vocab_size - 1}, not "
-                f"{min(token_ids)} to {max(token_ids)}",
-                param=param,
-            )
 
     def _launch(self, chunks: Seq[Chunk]) -> None:
         """Begin one forward; nothing has changed but the cache if it raises."""

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llama_runtime.backends.base import Outcome
 from llama_runtime.backends.cuda_device import INSTALL, Device
 from llama_runtime.backends.cuda_sampler import CudaSampler
+from llama_runtime.backends.cuda_stage import InFlight, Stage
 from llama_runtime.backends.ort_library import check_signature, import_library
 from llama_runtime.contract import CACHE_ITEM_BYTES, MAX_TOP_LOGPROBS, PAGED, DType, Geometry
 from llama_runtime.errors import BackendError, DependencyError
@@ -30,7 +30,7 @@ from llama_runtime.graph_file import check_graph
 from llama_runtime.paged_batch import Layout, PagedBatch, PagedStep
 from llama_runtime.paged_cache import PagedCache
 from llama_runtime.scheduler import Chunk
-from llama_runtime.sequence import Sequence, TokenLogprob
+from llama_runtime.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class OrtCuda:
             eos_token_ids=eos_token_ids,
         )
         self._scores = _Scores(device, largest.num_logits)
-        self._stages = [_Stage(device, largest) for _ in range(STAGES)]
+        self._stages = [Stage(device, largest) for _ in range(STAGES)]
         self._cells = (cache.num_blocks, cache.block_size, geometry.num_kv_heads, geometry.head_dim)
         item_bytes = CACHE_ITEM_BYTES[self._dialect.cache_dtype]
         self._block_bytes = item_bytes * int(np.prod(self._cells[1:]))
@@ -256,7 +256,7 @@ class OrtCuda:
         if num_sampled:
             self._sampler.sample(self._logits, places["rows"], num_sampled)
 
-    def _score(self, step: PagedStep, stage: _Stage) -> int:
+    def _score(self, step: PagedStep, stage: Stage) -> int:
         """Queue what the log-probabilities of a step need; returns how many likeliest ones."""
         sampling = [chunk for chunk in step.chunks if chunk.samples]
         wanting = [i for i, chunk in enumerate(sampling) if chunk.seq.params.logprobs]
@@ -296,15 +296,6 @@ class OrtCuda:
         return _Binding(io, own, value)
 
 
-@dataclass(frozen=True, slots=True)
-class _Binding:
-    """An IO binding, and the array behind its one input in CPU memory."""
-
-    io: Any
-    metadata: npt.NDArray[np.int32]
-    value: Any
-
-
 class _Scores:
     """Device memory of what ``CudaSampler.score`` reads and writes."""
 
@@ -315,77 +306,10 @@ class _Scores:
         self.results = [device.allocate(size) for size in sizes]
 
 
-class _Stage:
-    """Host memory of one step: its arrays on the way out, its tokens on the way back."""
+@dataclass(frozen=True, slots=True)
+class _Binding:
+    """An IO binding, and the array behind its one input in CPU memory."""
 
-    def __init__(self, device: Device, largest: Layout) -> None:
-        rows, tops = largest.num_logits, largest.num_logits * MAX_TOP_LOGPROBS
-        self.memory = device.pinned(largest.num_bytes)
-        self.tokens = device.pinned(4 * rows).view(np.int32)
-        self.logprobs = device.pinned(8 * rows).view(np.float64)
-        self.top_tokens = device.pinned(4 * tops).view(np.int32)
-        self.top_logprobs = device.pinned(8 * tops).view(np.float64)
-        self.event = device.event()
-
-
-class InFlight:
-    """See ``Launched``."""
-
-    def __init__(
-        self, device: Device, stage: _Stage, step: PagedStep, num_top: int, *, is_scored: bool
-    ) -> None:
-        self._device = device
-        self._stage = stage
-        self._num_top = num_top
-        self._num_sampled = step.num_sampled
-        self._is_scored = is_scored
-        if not is_scored:
-            return
-        self._chunks = step.chunks
-        # What follows from the state of sequences now, before it moves on.
-        self._num_scored = [chunk.num_scored for chunk in step.chunks]
-        self._first = [
-            chunk.seq.params.prompt_logprobs and chunk.seq.cache_len == 0 for chunk in step.chunks
-        ]
-        self._scored = step.scored
-        self._asked = [
-            chunk.seq.params.top_logprobs if chunk.seq.params.logprobs else None
-            for chunk in step.chunks
-            if chunk.samples
-        ]
-
-    @property
-    def ready(self) -> bool:
-        """See ``Launched.ready``."""
-        return self._device.passed(self._stage.event)
-
-    def result(self) -> Outcome:
-        """See ``Launched.result``."""
-        self._device.wait(self._stage.event)
-        tokens = self._stage.tokens[: self._num_sampled].tolist()
-        logprobs: list[TokenLogprob | None] = [None] * len(tokens)
-        prompt: list[list[TokenLogprob | None]] = []
-        if not self._is_scored:
-            return Outcome(tokens, logprobs, prompt)
-        place = 0
-        for i, num_top in enumerate(self._asked):
-            if num_top is not None:
-                logprobs[i] = self._logprob(place, tokens[i], num_top)
-                place += 1
-        following = iter(self._scored)
-        for chunk, first, count in zip(self._chunks, self._first, self._num_scored, strict=True):
-            prompt.append([None] if first else [])
-            for _ in range(count):
-                num_top = chunk.seq.params.top_logprobs
-                prompt[-1].append(self._logprob(place, next(following), num_top))
-                place += 1
-        return Outcome(tokens, logprobs, prompt)
-
-    def _logprob(self, place: int, token_id: int, num_top: int) -> TokenLogprob:
-        begin = place * self._num_top
-        top = zip(
-            self._stage.top_tokens[begin : begin + num_top].tolist(),
-            self._stage.top_logprobs[begin : begin + num_top].tolist(),
-            strict=True,
-        )
-        return TokenLogprob(token_id, float(self._stage.logprobs[place]), tuple(top))
+    io: Any
+    metadata: npt.NDArray[np.int32]
+    value: Any
