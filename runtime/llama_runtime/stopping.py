@@ -18,7 +18,7 @@ def finish_reason(seq: Sequence, eos_token_ids: Collection[int]) -> FinishReason
     is_end = newest in eos_token_ids and not seq.params.ignore_eos
     if (is_end or newest in seq.params.stop_token_ids) and reached_min_tokens(seq):
         return "stop"
-    if seq.num_completion_tokens >= seq.params.max_tokens:
+    if seq.num_tokens >= seq.max_tokens:
         return "length"
     return None
 
