@@ -1,9 +1,10 @@
 """Others on the same GPU in the same run, at the same work: decoding around a context of 256.
 
-Each runs in a process of its own: ONNX Runtime GenAI on a model that its own builder made, and
-transformers with a static cache and compiled steps. All are greedy.
+Each runs in a process of its own: ONNX Runtime GenAI on a model that its own builder made, as it
+is and with its CUDA graphs on, and transformers with a static cache and compiled steps. All are
+greedy.
 
-    python -m scripts.bench_gpu_peers {genai | transformers} MODEL BATCH ROUNDS
+    python -m scripts.bench_gpu_peers {genai | genai-graphs | transformers} MODEL BATCH ROUNDS
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,8 @@ def peers(folder: Path, shape: str, batches: list[int], rounds: int) -> Results:
     """Milliseconds of a step of each peer, by batch; a reason where there is none."""
     source = _source(folder, shape)
     results: Results = {}
-    for name, model in (("transformers", source), ("genai", _genai_model(folder, shape, source))):
+    built = _genai_model(folder, shape, source)
+    for name, model in (("genai", built), ("genai-graphs", built), ("transformers", source)):
         results[name] = {}
         for batch in batches:
             command = [sys.executable, "-m", "scripts.bench_gpu_peers", name, str(model)]
@@ -102,7 +106,7 @@ def _genai_model(folder: Path, shape: str, source: Path) -> Path:
     return model
 
 
-def genai(model: str, batch: int, rounds: int) -> float:
+def genai(model: str, batch: int, rounds: int, *, graphs: bool = False) -> float:
     """Milliseconds of a step of ONNX Runtime GenAI."""
     import numpy as np
     import torch
@@ -110,7 +114,9 @@ def genai(model: str, batch: int, rounds: int) -> float:
     torch.cuda.init()  # type: ignore[no-untyped-call]  # which finds CUDA's libraries
     import onnxruntime_genai as og
 
-    loaded = og.Model(model)
+    config = og.Config(model)
+    config.set_provider_option("cuda", "enable_cuda_graph", "1" if graphs else "0")
+    loaded = og.Model(config)
     length = CONTEXT - TIMED_STEPS // 2 - LEAD
     prompts = np.random.default_rng(1).integers(1, 1000, (batch, length)).astype(np.int32)
     times = []
@@ -136,14 +142,17 @@ def genai(model: str, batch: int, rounds: int) -> float:
 def transformers(model: str, batch: int, rounds: int) -> float:
     """Milliseconds of a step of ``generate`` with a static cache, whose steps it compiles."""
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, StaticCache
 
     loaded = LlamaForCausalLM.from_pretrained(model, dtype=torch.float16, device_map="cuda")
     length = CONTEXT - TIMED_STEPS // 2 - LEAD
     prompts = torch.randint(1, 1000, (batch, length), device="cuda")
     mask = torch.ones_like(prompts)
+    # One cache for all runs: one made for each would differ in length, and be compiled for anew.
+    cache = StaticCache(loaded.config, max_cache_len=length + LEAD + TIMED_STEPS + 8)
 
     def run(count: int) -> float:
+        cache.reset()
         torch.cuda.synchronize()
         started = time.perf_counter()
         loaded.generate(
@@ -152,8 +161,7 @@ def transformers(model: str, batch: int, rounds: int) -> float:
             max_new_tokens=count,
             min_new_tokens=count,
             do_sample=False,
-            cache_implementation="static",
-            max_length=None,
+            past_key_values=cache,
         )
         torch.cuda.synchronize()
         return time.perf_counter() - started
@@ -168,8 +176,12 @@ def transformers(model: str, batch: int, rounds: int) -> float:
 def main() -> None:
     """Measure one peer; the last line is the figure."""
     peer, model, batch, rounds = sys.argv[1:]
-    measure = {"genai": genai, "transformers": transformers}[peer]
-    print(json.dumps(measure(model, int(batch), int(rounds))))
+    measures: dict[str, Callable[[str, int, int], float]] = {
+        "genai": genai,
+        "genai-graphs": partial(genai, graphs=True),
+        "transformers": transformers,
+    }
+    print(json.dumps(measures[peer](model, int(batch), int(rounds))))
 
 
 if __name__ == "__main__":
