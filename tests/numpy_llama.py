@@ -88,7 +88,7 @@ class NumpyLlama:
         return np.concatenate([turned.real, turned.imag], axis=-1)
 
     def _mlp(self, x: Floats, layer: str) -> Floats:
-        gate, up = np.split(x @ self._weights[f"{layer}.mlp.gate_up_proj.weight"].T, 2, axis=-1)
+        gate, up = (x @ self._weights[f"{layer}.mlp.{part}_proj.weight"].T for part in ("gate", "up"))
         gated = gate / (1 + np.exp(-gate)) * up
         return np.asarray(gated @ self._weights[f"{layer}.mlp.down_proj.weight"].T)
 

@@ -23,7 +23,7 @@ from llama_runtime.graph_file import check_graph
 ATTENTION, PRODUCT, PRODUCT_4_BITS = "PagedAttention", "MatMul", "MatMulNBits"
 OPERATORS = {
     *("Add", "Gather", "Gemm", "Mul", "Reshape", "Sigmoid", "SimplifiedLayerNormalization"),
-    *("Split", "SkipSimplifiedLayerNormalization", ATTENTION),
+    *("SkipSimplifiedLayerNormalization", ATTENTION),
 }
 # Inputs of PagedAttention by the contract's names; the two caches stand before them, and the RoPE
 # tables between the two groups.

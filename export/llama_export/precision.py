@@ -32,7 +32,10 @@ KV_SCALE = "kv_scale"  # the one number of an fp8 graph's own: float32 [1], and 
 # For which PagedAttention decodes from 8 bits in its fast kernel, if a KV head has 4, 6, 8, 16 or
 # 32 query heads; slower kernels run if not.
 FP8_HEAD_DIMS = (64, 128, 256)
-PRODUCTS = ("qkv_proj.weight", "o_proj.weight", "gate_up_proj.weight", "down_proj.weight")
+PRODUCTS = (
+    *("qkv_proj.weight", "o_proj.weight"),
+    *("gate_proj.weight", "up_proj.weight", "down_proj.weight"),
+)
 
 BLOCK_ELEMENTS = 1 << 20  # of the rows that are stored at once: 4 MB of float32
 _CACHED_ELEMENTS = 1 << 16  # whose passes stay within a processor's cache

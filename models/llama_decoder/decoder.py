@@ -45,16 +45,17 @@ class SelfAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU, gate and up in one product."""
+    """SwiGLU; as one product, gate and up would have to be copied apart."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, E] -> [N, E]."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate, up = self.gate_proj(x), self.up_proj(x)
         # Spelled out: ONNX Runtime fuses x·sigmoid(x), it has no kernel for opset 24's Swish.
         return self.down_proj(gate * torch.sigmoid(gate) * up)  # type: ignore[no-any-return]
 

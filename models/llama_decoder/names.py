@@ -1,7 +1,7 @@
 """The name table: every parameter of the decoder, and the checkpoint's tensors it is made of.
 
-The names are Hugging Face's but for the two fused ones, and are the names of the tensors in a
-bundle too. ``{i}`` is the layer.
+The names are Hugging Face's but for the fused one, and are the names of the tensors in a bundle
+too. ``{i}`` is the layer.
 
 Shape letters are those of ``llama_runtime.contract``; beside them I is the width of the gated MLP,
 Q = H·D the rows of the query projection, and U = K·D those of the key or value projection.
@@ -83,13 +83,16 @@ LAYER = (
         "Hugging Face's name",
     ),
     Row(
-        "model.layers.{i}.mlp.gate_up_proj.weight",
-        (
-            Part("model.layers.{i}.mlp.gate_proj.weight", "blk.{i}.ffn_gate.weight", "I"),
-            Part("model.layers.{i}.mlp.up_proj.weight", "blk.{i}.ffn_up.weight", "I"),
-        ),
+        "model.layers.{i}.mlp.gate_proj.weight",
+        (Part("model.layers.{i}.mlp.gate_proj.weight", "blk.{i}.ffn_gate.weight", "I"),),
         "E",
-        "fused: one product instead of two",
+        "Hugging Face's name",
+    ),
+    Row(
+        "model.layers.{i}.mlp.up_proj.weight",
+        (Part("model.layers.{i}.mlp.up_proj.weight", "blk.{i}.ffn_up.weight", "I"),),
+        "E",
+        "Hugging Face's name",
     ),
     Row(
         "model.layers.{i}.mlp.down_proj.weight",

@@ -62,7 +62,7 @@ class CudaPlan(MemoryPlan):
         """
         g = self.geometry
         qkv = (g.num_heads + 2 * g.num_kv_heads) * g.head_dim
-        row = 2 * qkv + 4 * g.hidden_size + 6 * g.intermediate_size
+        row = 2 * qkv + 4 * g.hidden_size + 4 * g.intermediate_size
         step = max(self.max_batch, self.prompt_budget) * row
         rows = max(row_buckets(self.max_batch)[-1], max_logits_rows(self.max_batch))
         logits = rows * g.vocab_size

@@ -24,7 +24,7 @@ MAX_DIMENSIONS = 8
 # What the exporter emits, by domain. None makes a constant of what isn't one, as Shape would:
 # ONNX Runtime computes with constants while it loads.
 _DECODER = {
-    *("Add", "Gather", "Gemm", "MatMul", "Mul", "RMSNormalization", "Reshape", "Sigmoid", "Split"),
+    *("Add", "Gather", "Gemm", "MatMul", "Mul", "RMSNormalization", "Reshape", "Sigmoid"),
     "SimplifiedLayerNormalization",
 }
 _SAMPLER = {

@@ -154,15 +154,14 @@ def test_the_weights_of_the_real_model_are_those_of_gguf(real_gguf: Path) -> Non
         "model.norm.weight": theirs("output_norm.weight"),
     }
     for i in range(config.num_layers):
-        mine, gate = f"model.layers.{i}", theirs(f"blk.{i}.ffn_gate.weight")
+        mine = f"model.layers.{i}"
         expected |= {
             f"{mine}.input_layernorm.weight": theirs(f"blk.{i}.attn_norm.weight"),
             f"{mine}.self_attn.qkv_proj.weight": fused(f"blk.{i}"),
             f"{mine}.self_attn.o_proj.weight": theirs(f"blk.{i}.attn_output.weight"),
             f"{mine}.post_attention_layernorm.weight": theirs(f"blk.{i}.ffn_norm.weight"),
-            f"{mine}.mlp.gate_up_proj.weight": np.concatenate(
-                [gate, theirs(f"blk.{i}.ffn_up.weight")]
-            ),
+            f"{mine}.mlp.gate_proj.weight": theirs(f"blk.{i}.ffn_gate.weight"),
+            f"{mine}.mlp.up_proj.weight": theirs(f"blk.{i}.ffn_up.weight"),
             f"{mine}.mlp.down_proj.weight": theirs(f"blk.{i}.ffn_down.weight"),
         }
     given = dict(checkpoint.weights())
@@ -191,14 +190,15 @@ def test_every_type_is_dequantised_as_gguf_does(kind: str, tmp_path: Path) -> No
     }
     read = dict(checkpoint.weights())
     layer = "model.layers.0."
-    for name, parts in {
-        "model.embed_tokens.weight": ["token_embd"],
-        f"{layer}self_attn.o_proj.weight": ["blk.0.attn_output"],
-        f"{layer}mlp.gate_up_proj.weight": ["blk.0.ffn_gate", "blk.0.ffn_up"],
-        f"{layer}mlp.down_proj.weight": ["blk.0.ffn_down"],
-        "lm_head.weight": ["output"],
+    for name, theirs in {
+        "model.embed_tokens.weight": "token_embd",
+        f"{layer}self_attn.o_proj.weight": "blk.0.attn_output",
+        f"{layer}mlp.gate_proj.weight": "blk.0.ffn_gate",
+        f"{layer}mlp.up_proj.weight": "blk.0.ffn_up",
+        f"{layer}mlp.down_proj.weight": "blk.0.ffn_down",
+        "lm_head.weight": "output",
     }.items():
-        expected = np.concatenate([values[f"{part}.weight"] for part in parts])
+        expected = values[f"{theirs}.weight"]
         assert np.isfinite(expected).all()
         assert np.array_equal(read[name], expected), name
     qkv = read[f"{layer}self_attn.qkv_proj.weight"]

@@ -36,6 +36,10 @@ from llama_runtime import cuda_loading
 from llama_runtime.backends.ort_cpu import import_onnxruntime
 
 FP16, BF16, INT4 = (PRECISIONS[name] for name in ("fp16", "bf16", "int4"))
+KINDS = (
+    *("self_attn.qkv_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
 
 
 def adversarial() -> np.ndarray:
@@ -242,7 +246,7 @@ def test_int4_keeps_embedding_head_and_norms() -> None:
     tags = {name: stored.tag for name, stored in layout.items()}
     assert [name for name, tag in tags.items() if tag == "U8"] == [
         f"model.layers.0.{name}.weight.int4"
-        for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+        for name in KINDS
     ]
     assert {tags[name] for name in ("lm_head.weight", "model.norm.weight")} == {"F16"}
 
@@ -260,8 +264,7 @@ def test_only_the_layers_products_in_16_bits_lie_transposed(recipe: precision.Pr
         elif layout[name] != (recipe.tag, shape):
             assert layout[name] == (recipe.tag, shape[::-1])
             turned.add(name)
-    kinds = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-    products = {f"model.layers.{i}.{kind}.weight" for i in range(2) for kind in kinds}
+    products = {f"model.layers.{i}.{kind}.weight" for i in range(2) for kind in KINDS}
     assert turned == (products if recipe.weights in ("fp16", "bf16") else set())
 
 
