@@ -265,12 +265,14 @@ def row_of(seq: Sequence, vocab_size: int) -> npt.NDArray[np.void]:
 def row_buckets(num_slots: int) -> list[int]:
     """How many rows a step that decodes may be padded to, up to ``num_slots``.
 
-    1, 2, 4, 8, and from there on by a half or a third more each: 16, 24, 32, 48, 64, 96, 128, ...
+    1, 2, 4, 8, and from there on by a half or a third more each: 16, 24, 32, 48, 64, 96, 128, and
+    so on to 256. Larger steps are bound by arithmetic, padded rows included, so these are multiples
+    of 128.
     """
     buckets, rows = [], 1
     while rows < num_slots:
         buckets.append(rows)
-        rows += rows if rows < 8 else max(8, 1 << (rows.bit_length() - 2))
+        rows += rows if rows < 8 else min(max(8, 1 << (rows.bit_length() - 2)), 128)
     return [*buckets, num_slots]
 
 
