@@ -88,7 +88,8 @@ class NumpyLlama:
         return np.concatenate([turned.real, turned.imag], axis=-1)
 
     def _mlp(self, x: Floats, layer: str) -> Floats:
-        gate, up = (x @ self._weights[f"{layer}.mlp.{part}_proj.weight"].T for part in ("gate", "up"))
+        gate = x @ self._weights[f"{layer}.mlp.gate_proj.weight"].T
+        up = x @ self._weights[f"{layer}.mlp.up_proj.weight"].T
         gated = gate / (1 + np.exp(-gate)) * up
         return np.asarray(gated @ self._weights[f"{layer}.mlp.down_proj.weight"].T)
 

@@ -245,8 +245,7 @@ def test_int4_keeps_embedding_head_and_norms() -> None:
     layout = INT4.layout(tiny_config(num_layers=1))
     tags = {name: stored.tag for name, stored in layout.items()}
     assert [name for name, tag in tags.items() if tag == "U8"] == [
-        f"model.layers.0.{name}.weight.int4"
-        for name in KINDS
+        f"model.layers.0.{name}.weight.int4" for name in KINDS
     ]
     assert {tags[name] for name in ("lm_head.weight", "model.norm.weight")} == {"F16"}
 

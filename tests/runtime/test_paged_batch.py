@@ -406,6 +406,11 @@ def test_rows_are_padded_by_less_than_half_of_them() -> None:
         assert len(buckets) <= 2 * num_slots.bit_length() + 1
 
 
+def test_large_steps_are_padded_by_less_than_128_rows() -> None:
+    buckets = row_buckets(5000)
+    assert all(above - below <= 128 for below, above in pairwise(buckets))
+
+
 def test_columns_are_padded_to_powers_of_two() -> None:
     assert [column_bucket(i) for i in range(1, 10)] == [1, 2, 4, 4, 8, 8, 8, 8, 16]
     assert all(n <= column_bucket(n) < 2 * n for n in range(1, 5000))
