@@ -26,7 +26,7 @@ from llama_export.errors import ExportError
 from llama_export.model_card import model_card
 from llama_export.output_folder import new_directory
 from llama_export.paged_checks import PagedVerification, num_paged_steps, verify_paged
-from llama_export.precision import PRECISIONS, Precision, choose_precision
+from llama_export.precision import Precision, choose_precision, precision_of
 from llama_export.sampler import save_sampler
 from llama_export.source_tokenizer import SourceTokenizer
 from llama_export.sources import ModelSource, RandomSource, open_source
@@ -51,7 +51,7 @@ from llama_runtime.bundle import (
     write_manifest,
 )
 from llama_runtime.bundle_limits import CHAT_TEMPLATE
-from llama_runtime.contract import PAGED, SAMPLER
+from llama_runtime.contract import SAMPLER, SLOTS, TENSORRT
 from llama_runtime.errors import BundleError, one_line
 from llama_runtime.interrupts import Held
 from llama_runtime.prompt_encoder import PromptEncoder
@@ -82,9 +82,9 @@ def build_bundle(
         model: a Hugging Face directory or a ``.gguf`` file; with ``random_seed``, the name of a
             published shape.
         output: the bundle's directory; must be absent or empty.
-        target: ``cpu`` or ``cuda``: what the graph is for.
+        target: ``cpu``, ``cuda`` or ``tensorrt``: what the graph is for.
         precision: what the weights are stored in: ``fp32`` for the CPU; ``fp16``, ``bf16`` or
-            ``int4`` for CUDA. None is the first of these.
+            ``int4`` for CUDA and TensorRT. None is the first of these.
         kv_cache: what keys and values are kept in: ``same``, the type of the activations; or
             ``fp8``, for CUDA, in half the memory.
         random_seed: make weights up from this seed, in the shape of ``model``.
@@ -238,11 +238,14 @@ def _verify(
         stages: where progress goes.
         run: whether a paged graph is run, where there is a GPU.
     """
-    graphs = {graph.dialect: graph for graph in bundle.manifest.graphs}
-    if PAGED.name in graphs:
-        precision = PRECISIONS[graphs[PAGED.name].precision]
+    graph = next(graph for graph in bundle.manifest.graphs if graph.dialect != SAMPLER)
+    if graph.dialect != SLOTS.name:
+        precision = precision_of(graph.dialect, graph.precision)
         with stages("check weights", num_paged_steps(source)) as advance:
             checked = verify_paged(bundle, source, precision, bundle.path / WEIGHT_FILE, advance)
+        if graph.dialect == TENSORRT.name:
+            stages.note("no engine has run: scripts/check_gpu --tensorrt does on a host with a GPU")
+            return checked
         device = usable_device() if run else None
         if device is None:
             stages.note("the graph has not been run: llama-export verify does on a host with CUDA")

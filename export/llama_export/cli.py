@@ -14,7 +14,7 @@ from llama_runtime.command_line import FAILED, Commands, print_out
 from llama_runtime.errors import CaravanError
 
 EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "gguf")
-TARGETS = ("cpu", "cuda")
+TARGETS = ("cpu", "cuda", "tensorrt")
 PRECISIONS = ("fp32", "fp16", "bf16", "int4")
 KV_CACHES = ("same", "fp8")
 DEMO_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,4 +1,4 @@
-"""Is a saved paged graph what the contract says? For hosts that can't run it.
+"""Is a saved graph for a GPU what the contract says? For hosts that can't run it.
 
 A graph that is traced and changed by passes can go wrong in few ways that its structure doesn't
 show. What the contract and the weight file say is compared with the file on disk, entry by entry.
@@ -15,10 +15,12 @@ import onnx
 
 from llama_export.errors import ExportError
 from llama_export.precision import KV_SCALE, PRODUCTS, Precision, int4_names
+from llama_export.tensorrt_structure import check_tensorrt
 from llama_export.weight_file import Layout, Tag, stored_layout, weight_regions
 from llama_runtime.contract import Geometry, TensorSpec
 from llama_runtime.errors import BackendError
-from llama_runtime.graph_file import check_graph
+from llama_runtime.graph_file import OPERATORS as RUNTIME_OPERATORS
+from llama_runtime.graph_file import TENSORRT_OPERATORS, check_graph
 
 ATTENTION, PRODUCT, PRODUCT_4_BITS = "PagedAttention", "MatMul", "MatMulNBits"
 OPERATORS = {
@@ -66,14 +68,15 @@ def check_structure(
         path: the ONNX file.
         weights: the weight file beside it.
         geometry: the model's numbers.
-        precision: a recipe for CUDA.
+        precision: a recipe for CUDA or TensorRT.
         layout: what the weight file must hold.
 
     Raises:
         ExportError: says what is not as it must be.
     """
+    is_tensorrt = precision.target == "tensorrt"
     try:
-        check_graph(path)
+        check_graph(path, TENSORRT_OPERATORS if is_tensorrt else RUNTIME_OPERATORS)
     except BackendError as error:
         raise ExportError(f"the runtime will refuse the graph: {error}") from error
     if stored_layout(weights) != dict(layout):
@@ -83,11 +86,14 @@ def check_structure(
     num_layers = geometry.num_layers
     _check_values(graph.input, (*dialect.inputs, *dialect.cache_inputs(num_layers)), geometry)
     _check_values(graph.output, (dialect.logits, *dialect.cache_outputs(num_layers)), geometry)
-    product = PRODUCT_4_BITS if precision.int4 else PRODUCT
-    _check_operators(graph, product)
-    _check_products(graph, product)
     scaled = precision.cache is not None
-    _check_attention(graph, geometry, scaled=scaled)
+    if is_tensorrt:
+        check_tensorrt(graph, geometry, int4=precision.int4)
+    else:
+        product = PRODUCT_4_BITS if precision.int4 else PRODUCT
+        _check_operators(graph, product)
+        _check_products(graph, product)
+        _check_attention(graph, geometry, scaled=scaled)
     _check_initializers(graph, layout, weights.name, scaled=scaled)
 
 
@@ -188,10 +194,13 @@ def _check_initializers(graph: Any, layout: Layout, weight_file: str, *, scaled:
                 raise ExportError(f"the graph has weights that the file doesn't: {name}")
             continue
         region = regions[name]
+        kind, shape = _ONNX_TAGS[region.stored.tag], region.stored.shape
+        if tensor.data_type == onnx.TensorProto.INT4 and region.stored.tag == "U8":
+            kind, shape = tensor.data_type, (shape[0], 2 * shape[1] * shape[2])  # by blocks there
         has = (tensor.data_type, tuple(tensor.dims), place)
         must = (
-            _ONNX_TAGS[region.stored.tag],
-            region.stored.shape,
+            kind,
+            shape,
             {
                 "location": weight_file,
                 "offset": str(region.offset),

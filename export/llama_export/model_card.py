@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from llama_runtime.bundle import Manifest
-from llama_runtime.contract import PAGED, SAMPLER
+from llama_runtime.contract import PAGED, SAMPLER, SLOTS, TENSORRT
+
+# For each dialect, what it runs on and which extra of the package that needs.
+TARGETS = {
+    SLOTS.name: ("the CPU (cpu)", "cpu"),
+    PAGED.name: ("an NVIDIA GPU (cuda)", "gpu"),
+    TENSORRT.name: ("an NVIDIA GPU, as a TensorRT engine (tensorrt)", "tensorrt-rtx"),
+}
 
 
 def model_card(manifest: Manifest) -> str:
@@ -13,8 +20,8 @@ def model_card(manifest: Manifest) -> str:
     if manifest.licence.files:
         licence += f" (see {', '.join(manifest.licence.files)})"
     graphs = "\n".join(f"| {g.file} | {g.dialect} | {g.precision} |" for g in manifest.graphs)
-    on_cuda = any(graph.dialect == PAGED.name for graph in manifest.graphs)
-    target, extra = ("an NVIDIA GPU (cuda)", "gpu") if on_cuda else ("the CPU (cpu)", "cpu")
+    dialect = next(graph.dialect for graph in manifest.graphs if graph.dialect != SAMPLER)
+    target, extra = TARGETS[dialect]
     precision = next(g.precision for g in manifest.graphs if g.dialect != SAMPLER)
     tools = ", ".join(f"{name} {version}" for name, version in manifest.created_by.items())
     return f"""# {manifest.name}

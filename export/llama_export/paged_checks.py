@@ -1,4 +1,4 @@
-"""What of a paged bundle can be checked on a host without a GPU: structure and weights.
+"""What of a bundle for a GPU can be checked on a host without one: structure and weights.
 
 The graph itself isn't run here, and nothing here says that it was.
 """
@@ -15,12 +15,11 @@ from llama_export.precision import Precision
 from llama_export.sources import ModelSource, RandomSource
 from llama_export.weights_cost import WeightsCost, measure_weights, num_read_parameters
 from llama_runtime.bundle import Bundle
-from llama_runtime.contract import PAGED
 
 
 @dataclass(frozen=True, slots=True)
 class PagedVerification:
-    """A paged bundle whose structure is right.
+    """A bundle for a GPU whose structure is right.
 
     Attributes:
         weights: what the precision costs; None for random weights, which nothing can be lost of.
@@ -61,7 +60,7 @@ def verify_paged(
     weights: Path,
     progress: Callable[[int], None] = lambda _: None,
 ) -> PagedVerification:
-    """Check a bundle with a graph in the ``paged`` dialect, without running it.
+    """Check a bundle with a graph in the ``paged`` or ``tensorrt`` dialect, without running it.
 
     Args:
         bundle: its files have been checked.
@@ -74,7 +73,7 @@ def verify_paged(
         ExportError: the graph is not what the contract and the weight file say.
     """
     config = source.config
-    graph = bundle.graph_path(PAGED.name)
+    graph = bundle.graph_path(precision.dialect.name)
     check_structure(graph, weights, config.geometry, precision, precision.layout(config))
     if isinstance(source, RandomSource):
         return PagedVerification(None)

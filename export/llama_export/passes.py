@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from llama_export.precision import INT4_BLOCK, KV_SCALE, PRODUCTS, int4_names
-from llama_runtime.contract import DType
+from llama_export.precision import INT4_BLOCK, KV_SCALE, PRODUCTS, Precision, int4_names
 
 STORED_AS = "stored_as"  # what an initializer's notes name the tensor by that holds its bytes
 
@@ -176,6 +176,52 @@ def quantise_products(model: ir.Model) -> int:
     return changed
 
 
+def dequantise_products(model: ir.Model) -> int:
+    """Let the products of the layers read 4-bit weights that a node of their own widens.
+
+    ``Gemm(x, w)`` becomes ``Gemm(x, DequantizeLinear(values, scales))``, which TensorRT computes in
+    one kernel without writing the wide weights out. Names and bytes are as for
+    ``quantise_products``; values are signed.
+
+    Source: the operator's specification (onnx.ai, opset 23).
+
+    Args:
+        model: changed in place; traced with fp16 activations.
+
+    Returns:
+        How many products were changed.
+    """
+    changed = 0
+    for gemm, weight, (rows, columns) in _layer_products(model):
+        values = np.broadcast_to(np.zeros((), ml_dtypes.int4), (rows, columns))
+        scales = np.broadcast_to(np.float16(0), (rows, columns // INT4_BLOCK))
+        stored = [
+            ir.Value(
+                name=name,
+                type=ir.TensorType(tensor.dtype),
+                shape=tensor.shape,
+                const_value=tensor,
+            )
+            for name, tensor in zip(
+                int4_names(weight.name), map(ir.tensor, (values, scales)), strict=True
+            )
+        ]
+        for value in stored:
+            model.graph.register_initializer(value)
+        wide = ir.Node(
+            "",
+            "DequantizeLinear",
+            stored,
+            [ir.AttrInt64("axis", 1), ir.AttrInt64("block_size", INT4_BLOCK)],
+            outputs=[ir.Value(name=weight.name, type=weight.type, shape=weight.shape)],
+        )
+        model.graph.insert_before(gemm, wide)
+        del model.graph.initializers[weight.name]
+        gemm.replace_input_with(1, wide.outputs[0])
+        changed += 1
+    return changed
+
+
 def transpose_products(model: ir.Model) -> int:
     """Let the products of the layers read transposed weights: Gemm becomes MatMul.
 
@@ -264,17 +310,19 @@ def _like(value: ir.Value) -> ir.Value:
     return ir.Value(name=value.name, type=value.type, shape=value.shape)
 
 
-# What a dialect's graph goes through after it was traced, in this order; what that of weights
-# stored so goes through after that; and last, that of a cache of a type of its own.
+# What a dialect's graph goes through after it was traced, in this order.
 PASSES: dict[str, tuple[Callable[[ir.Model], int], ...]] = {
     "slots": (fold_residuals, separate_factors),
     "paged": (fuse_skip_norms,),
+    "tensorrt": (),
 }
-PRECISION_PASSES: dict[str, tuple[Callable[[ir.Model], int], ...]] = {
-    "fp16": (transpose_products,),
-    "bf16": (transpose_products,),
-    "int4": (quantise_products,),
-}
-CACHE_PASSES: dict[DType, tuple[Callable[[ir.Model], int], ...]] = {
-    "float8e4m3fn": (quantise_cache,),
-}
+
+
+def passes_of(precision: Precision) -> Iterator[Callable[[ir.Model], int]]:
+    """What it goes through after that, for how weights and cache are stored."""
+    if precision.transposed:
+        yield transpose_products
+    if precision.int4:
+        yield dequantise_products if precision.target == "tensorrt" else quantise_products
+    if precision.cache is not None:
+        yield quantise_cache

@@ -24,7 +24,7 @@ from llama_decoder.config import LlamaConfig
 from llama_decoder.weights import parameter_shapes
 from llama_export.errors import ExportError
 from llama_export.weight_file import Piece, Stored, Tag
-from llama_runtime.contract import MAX_CHUNK, PAGED, SLOTS, Dialect, DType
+from llama_runtime.contract import MAX_CHUNK, PAGED, SLOTS, TENSORRT, Dialect, DType
 
 INT4_BLOCK = 32  # columns that share a scale; the one block that `ep.cuda.fpa_intb_gemm` takes
 INT4_ZERO = 8  # what stands for 0 where there are no zero points
@@ -49,10 +49,10 @@ class Precision:
 
     Attributes:
         name: as the manifest records it.
-        target: ``cpu`` or ``cuda``: what it is for.
+        target: ``cpu``, ``cuda`` or ``tensorrt``: what it is for.
         activations: element type between the operators and of the logits.
         tag: element type of the parameters and the RoPE tables.
-        int4: whether the products of the layers have 4 bits a weight.
+        int4: whether the products of the layers have 4 bits a weight, signed ones for TensorRT.
         transposed: whether the products of the layers are stored as [K, N], for which cuBLAS has
             faster kernels: measured on an H100, a step of Llama 3.2 1B takes 1.413 ms in place of
             1.436 with one sequence, and 2.151 in place of 2.282 with 128.
@@ -75,6 +75,11 @@ class Precision:
     def dialect(self) -> Dialect:
         """The dialect of the graph, typed."""
         return TARGETS[self.target].typed(self.activations, self.cache)
+
+    @property
+    def int4_mask(self) -> np.uint8:
+        """What turns the bytes of ``quantise_int4`` into those that are stored, and back."""
+        return np.uint8(0x88 if self.target == "tensorrt" else 0)  # x - 8 is x ^ 8 in 4 bits
 
     @property
     def weights(self) -> str:
@@ -123,7 +128,8 @@ class Precision:
             ExportError: a value isn't finite, or too large for the type.
         """
         if self._is_int4(parameter):
-            return quantise_int4(parameter, rows)
+            packed, scales = quantise_int4(parameter, rows)
+            return packed ^ self.int4_mask, scales
         stored = _ENCODERS[self.tag](parameter, rows)
         return (_transpose(stored) if self.is_transposed(parameter) else stored,)
 
@@ -135,8 +141,8 @@ class Precision:
         return self.int4 and parameter.endswith(PRODUCTS)
 
 
-TARGETS = {"cpu": SLOTS, "cuda": PAGED}
-KV_CACHES: dict[str, tuple[str, ...]] = {"same": ("cpu", "cuda"), "fp8": ("cuda",)}
+TARGETS = {"cpu": SLOTS, "cuda": PAGED, "tensorrt": TENSORRT}
+KV_CACHES: dict[str, tuple[str, ...]] = {"same": tuple(TARGETS), "fp8": ("cuda",)}
 _FP8_SUFFIX = "+fp8kv"
 _WEIGHTS = (
     Precision("fp32", "cpu", "float32", "F32"),
@@ -162,6 +168,14 @@ PRECISIONS = {
     )
 }
 
+TENSORRT_PRECISIONS = {
+    recipe.name: replace(recipe, target="tensorrt", transposed=False)
+    for recipe in _WEIGHTS
+    if recipe.target == "cuda"
+}
+# The same graph in float32, which ONNX Runtime runs on a CPU: slowly, but so it can be checked.
+TENSORRT_CHECK = Precision("fp32", "tensorrt", "float32", "F32")
+
 
 def choose_precision(target: str, name: str | None, kv_cache: str = "same") -> Precision:
     """The recipe of that name, or the target's first, with that cache.
@@ -175,7 +189,12 @@ def choose_precision(target: str, name: str | None, kv_cache: str = "same") -> P
         ExportError: the target doesn't take it; says which it takes.
     """
     taken = {
-        each: [recipe.name for recipe in _WEIGHTS if recipe.target == each] for each in TARGETS
+        each: [
+            recipe.name
+            for recipe in (*_WEIGHTS, *TENSORRT_PRECISIONS.values())
+            if recipe.target == each
+        ]
+        for each in TARGETS
     }
     possible = "; ".join(f"{each} takes {' or '.join(names)}" for each, names in taken.items())
     if target not in TARGETS:
@@ -189,7 +208,13 @@ def choose_precision(target: str, name: str | None, kv_cache: str = "same") -> P
         }
         possible = "; ".join(f"{each} takes {cache}" for each, cache in caches.items())
         raise ExportError(f"the target {target} has no cache in {kv_cache!r:.80}: {possible}")
-    return PRECISIONS[(name or taken[target][0]) + (_FP8_SUFFIX if kv_cache == "fp8" else "")]
+    full_name = (name or taken[target][0]) + (_FP8_SUFFIX if kv_cache == "fp8" else "")
+    return precision_of(TARGETS[target].name, full_name)
+
+
+def precision_of(dialect: str, name: str) -> Precision:
+    """The recipe that a manifest names for a graph."""
+    return (TENSORRT_PRECISIONS if dialect == TENSORRT.name else PRECISIONS)[name]
 
 
 def store(precision: Precision, tensors: Iterable[tuple[str, Rows]]) -> Iterator[tuple[str, Piece]]:

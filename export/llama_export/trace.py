@@ -18,21 +18,32 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from llama_decoder.attention import Attention, paged_attention, slots_attention
+from llama_decoder.attention import (
+    Attention,
+    paged_attention,
+    slots_attention,
+    tensorrt_attention,
+    tensorrt_places,
+)
 from llama_decoder.config import LlamaConfig
-from llama_decoder.decoder import LlamaDecoder
+from llama_decoder.decoder import LlamaDecoder, Prepare
 from llama_export.errors import ExportError
-from llama_export.passes import CACHE_PASSES, PASSES, PRECISION_PASSES, STORED_AS
+from llama_export.passes import PASSES, STORED_AS, passes_of
 from llama_export.precision import KV_SCALE, Precision
 from llama_export.weight_file import Region, Tag
 from llama_runtime.contract import Dialect
 
 OPSET = 23  # the first with RMSNormalization, which ONNX Runtime runs as one kernel
+OPSETS = {"tensorrt": 24}  # the first with TensorScatter
 # Sizes of the example step. All differ and none is 0 or 1: torch.export takes equal sizes for one
 # axis and small ones for constants.
 EXAMPLE = {"N": 12, "R": 4, "B": 3, "B+1": 6, "S": 5, "C": 40, "M": 10, "G": 16, "P": 7}
 
-ATTENTIONS: dict[str, Attention] = {"slots": slots_attention, "paged": paged_attention}
+ATTENTIONS: dict[str, tuple[Attention, Prepare | None]] = {
+    "slots": (slots_attention, None),
+    "paged": (paged_attention, None),
+    "tensorrt": (tensorrt_attention, tensorrt_places),
+}
 IR_TYPES: dict[Tag, ir.DataType] = {
     "F32": ir.DataType.FLOAT,
     "F16": ir.DataType.FLOAT16,
@@ -46,17 +57,20 @@ _COMPARED_ELEMENTS = 1024
 def trace_skeleton(config: LlamaConfig, precision: Precision) -> ir.Model:
     """The graph of a bundle, traced without any weights."""
     dialect = precision.dialect
-    decoder = skeleton(config, ATTENTIONS[dialect.name], getattr(torch, precision.activations))
+    attention, prepare = ATTENTIONS[dialect.name]
+    decoder = skeleton(config, attention, getattr(torch, precision.activations), prepare)
     model = trace_decoder(decoder, dialect.typed(precision.activations))
-    for change in PRECISION_PASSES.get(precision.weights, ()):
+    for change in passes_of(precision):
         change(model)
-    if precision.cache is not None:
-        for change in CACHE_PASSES[precision.cache]:
-            change(model)
     return model
 
 
-def skeleton(config: LlamaConfig, attention: Attention, dtype: torch.dtype) -> LlamaDecoder:
+def skeleton(
+    config: LlamaConfig,
+    attention: Attention,
+    dtype: torch.dtype,
+    prepare: Prepare | None = None,
+) -> LlamaDecoder:
     """A decoder for tracing: its parameters have a type and a shape, and values that mean nothing.
 
     The system gives memory to pages that are touched, and these aren't; so one of any size is made
@@ -67,9 +81,10 @@ def skeleton(config: LlamaConfig, attention: Attention, dtype: torch.dtype) -> L
         config: the model's numbers.
         attention: the dialect.
         dtype: of every parameter and of the RoPE tables.
+        prepare: the dialect's too.
     """
     with torch.device("meta"):
-        decoder = LlamaDecoder(config, attention).to(dtype)
+        decoder = LlamaDecoder(config, attention, prepare).to(dtype)
     state = {}
     for number, (name, tensor) in enumerate(decoder.state_dict().items(), start=1):
         state[name] = torch.empty(tensor.shape, dtype=dtype)
@@ -119,7 +134,7 @@ def trace_decoder(decoder: LlamaDecoder, dialect: Dialect) -> ir.Model:
             output_names=[
                 spec.name for spec in (dialect.logits, *dialect.cache_outputs(config.num_layers))
             ],
-            opset_version=OPSET,
+            opset_version=OPSETS.get(dialect.name, OPSET),
             dynamo=True,
             verbose=False,
         )
@@ -175,10 +190,14 @@ def _reference(
     tensor: ir.TensorProtocol, region: Region, name: str, weight_file: Path
 ) -> ir.ExternalTensor:
     """An initializer as a place in the weight file."""
-    stored = region.stored
-    if (tensor.dtype, tuple(tensor.shape)) != (IR_TYPES[stored.tag], stored.shape):
+    stored, shape = region.stored, tuple(tensor.shape)
+    if tensor.dtype == ir.DataType.INT4:  # two in a byte, and the file has bytes by blocks
+        fits = stored.tag == "U8" and tensor.nbytes == region.length
+    else:
+        fits = (tensor.dtype, shape) == (IR_TYPES[stored.tag], stored.shape)
+    if not fits:
         raise ExportError(
-            f"the traced graph has {name} as {tensor.dtype} {tuple(tensor.shape)}, the weight file "
+            f"the traced graph has {name} as {tensor.dtype} {shape}, the weight file "
             f"as {stored.tag} {stored.shape}"
         )
     return ir.ExternalTensor(

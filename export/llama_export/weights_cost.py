@@ -253,4 +253,5 @@ def decoded(file: Any, precision: Precision, parameter: str) -> Tensor:
         values = tensors[0].float()
         return values.t() if precision.is_transposed(parameter) else values
     packed, scales = tensors
-    return torch.from_numpy(dequantise_int4(packed.numpy(), scales.numpy()))
+    digits = packed.numpy() ^ precision.int4_mask
+    return torch.from_numpy(dequantise_int4(digits, scales.numpy()))

@@ -4,7 +4,8 @@ A dialect is a function from the packed projections of one layer and its cache t
 result and the cache after the step. ``eager_attention`` is plain torch and the reference that
 parity is measured against; ``slots_attention`` emits the operator that ONNX Runtime's CPU runs.
 Both take the inputs of the ``slots`` contract, so the same arrays drive either.
-``paged_attention`` emits the operator that ONNX Runtime's CUDA provider runs.
+``paged_attention`` emits the operator that ONNX Runtime's CUDA provider runs, and
+``tensorrt_attention`` the standard's operators, which TensorRT has layers for.
 
 Shape letters are those of ``llama_runtime.contract``; W = (H + 2K)·D.
 """
@@ -39,6 +40,16 @@ class PagedInputs(NamedTuple):
     block_table: Tensor  # int32 [B, P]
     slot_mapping: Tensor  # int32 [N]
     attention_metadata: Tensor  # int32 [3], in CPU memory
+
+
+class TensorRtInputs(NamedTuple):
+    """Where the packed tokens of a step live, in ``tensorrt``; see ``tensorrt_places``."""
+
+    unpack: Tensor  # int64 [B, S]
+    pack: Tensor  # int64 [N]
+    past_lengths: Tensor  # int64 [B]
+    positions: Tensor  # int64 [B, S]
+    mask: Tensor  # bool [B, 1, S, C]: which cells of its slot each new token sees
 
 
 class Attention(Protocol):
@@ -157,6 +168,77 @@ def paged_attention(
         version=1,
     )
     return attended, key, value
+
+
+def tensorrt_places(places: Sequence[Tensor], past_key: Tensor) -> TensorRtInputs:
+    """What all layers share: positions, and causality spelled out as a mask.
+
+    TensorRT's parser drops the lengths that opset 24's Attention takes, and would align its causal
+    mask with the wrong corner, without an error. A mask is what it can't misunderstand.
+
+    Args:
+        places: ``unpack``, ``pack`` and ``past_lengths``, as the graph gets them.
+        past_key: of any layer, [B, K, C, D].
+    """
+    unpack, pack, past_lengths = places
+    positions = past_lengths[:, None] + torch.arange(unpack.shape[1])
+    mask = torch.arange(past_key.shape[2]) <= positions[:, :, None]
+    return TensorRtInputs(unpack, pack, past_lengths, positions, mask[:, None])
+
+
+def tensorrt_attention(
+    config: LlamaConfig,
+    qkv: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    places: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Emit opset 24's RotaryEmbedding, TensorScatter and Attention; see ``Attention``.
+
+    ``places`` are those of ``tensorrt_places``. Cells beyond a slot's new tokens are written too,
+    behind them, where nothing looks before it is written again.
+
+    Source: the operators' specifications (onnx.ai, opset 24).
+    """
+    inputs = TensorRtInputs(*places)
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    num_slots, width = inputs.unpack.shape
+    cells = F.embedding(inputs.unpack, qkv)  # [B, S, W], spelled so that it exports as one Gather
+    cells = cells.view(num_slots, width, heads + 2 * kv_heads, dim).transpose(1, 2)
+    query, new_key, new_value = torch.split(cells, [heads, kv_heads, kv_heads], dim=1)
+
+    def rotated(x: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            "RotaryEmbedding",
+            [x, cos, sin, inputs.positions],
+            dtype=x.dtype,
+            shape=x.shape,
+            version=23,
+        )
+
+    def written(cache: Tensor, new: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            "TensorScatter",
+            [cache, new, inputs.past_lengths],
+            {"axis": -2, "mode": "linear"},
+            dtype=cache.dtype,
+            shape=cache.shape,
+            version=24,
+        )
+
+    key, value = written(past_key, rotated(new_key)), written(past_value, new_value)
+    attended = torch.onnx.ops.symbolic(
+        "Attention",
+        [rotated(query), key, value, inputs.mask],
+        {"is_causal": 0},
+        dtype=query.dtype,
+        shape=query.shape,
+        version=24,
+    )
+    rows = attended.transpose(1, 2).reshape(num_slots * width, heads * dim)
+    return rows.index_select(0, inputs.pack), key, value
 
 
 def eager_attention(

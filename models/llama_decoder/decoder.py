@@ -9,7 +9,7 @@ Shape letters are those of ``llama_runtime.contract``; I is the width of the gat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from llama_decoder.rope import rope_tables
 from llama_runtime.contract import MAX_CHUNK
 
 KeyValue = tuple[Tensor, Tensor]  # with the axes that the dialect gives a cache
+Prepare = Callable[[Sequence[Tensor], Tensor], Sequence[Tensor]]
 
 
 class SelfAttention(nn.Module):
@@ -97,14 +98,21 @@ class LlamaDecoder(nn.Module):
     Args:
         config: the model's numbers.
         attention: the dialect.
+        prepare: makes what its layers share of the inputs and of one layer's past keys, once.
     """
 
     rope_cos: Tensor  # [max_positions + MAX_CHUNK, D/2]: a padded chunk may reach past the end
     rope_sin: Tensor
 
-    def __init__(self, config: LlamaConfig, attention: Attention = eager_attention) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        attention: Attention = eager_attention,
+        prepare: Prepare | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.prepare = prepare
         self.model = LlamaModel(config, attention)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -130,6 +138,8 @@ class LlamaDecoder(nn.Module):
             Logits [R, V], and each layer's keys and values after the step.
         """
         x = self.model.embed_tokens(input_ids)  # [N, E]
+        if self.prepare is not None:
+            places = self.prepare(places, past_key_values[0][0])
         presents = []
         for layer, past in zip(self.model.layers, past_key_values, strict=True):
             x, present = layer(x, past, places, self.rope_cos, self.rope_sin)

@@ -162,9 +162,25 @@ PAGED = Dialect(
     logits_dtype="float16",
 )
 
-CACHE_ITEM_BYTES: dict[DType, int] = {"float16": 2, "bfloat16": 2, "float8e4m3fn": 1}  # of PAGED
+TENSORRT = Dialect(
+    name="tensorrt",
+    inputs=(
+        TensorSpec("input_ids", "int64", ("N",), "packed new tokens"),
+        TensorSpec("logits_rows", "int64", ("R",), "packed rows that need logits"),
+        TensorSpec("unpack", "int64", ("B", "S"), "packed row of each cell of the step"),
+        TensorSpec("pack", "int64", ("N",), "cell, row by row, of each token"),
+        TensorSpec(
+            "past_lengths", "int64", ("B",), "cached tokens before this step; past + S is at most C"
+        ),
+    ),
+    cache_axes=("B", "K", "C", "D"),
+    cache_dtype="float16",
+    logits_dtype="float16",
+)
 
-DIALECTS = {dialect.name: dialect for dialect in (SLOTS, PAGED)}
+CACHE_ITEM_BYTES: dict[DType, int] = {"float16": 2, "bfloat16": 2, "float8e4m3fn": 1}  # on a GPU
+
+DIALECTS = {dialect.name: dialect for dialect in (SLOTS, PAGED, TENSORRT)}
 
 # The rules that make a sequence's logits the same bits in any company on ONNX Runtime's CPU
 # kernels (docs/architecture.md gives the reason of each, tests/laws breaks each once).

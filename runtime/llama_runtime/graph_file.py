@@ -12,7 +12,7 @@ Standard library only. The format: https://github.com/onnx/onnx/blob/main/onnx/o
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
@@ -32,6 +32,14 @@ _SAMPLER = {
     *("Add", "Sub", "Mul", "Div", "Log", "Min", "Cast", "Reshape", "Where"),
     *("Less", "LessOrEqual", "GreaterOrEqual", "And", "Or", "Not"),
 }
+# What TensorRT gets, which reads graphs of its own dialect and no others.
+_TENSORRT = {
+    *("Add", "Attention", "Concat", "Gather", "Gemm", "LessOrEqual", "Mul", "RMSNormalization"),
+    *("Range", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Split", "Squeeze"),
+    *("TensorScatter", "Transpose", "Unsqueeze"),
+}
+_WIDENING = "DequantizeLinear"  # of 4-bit weights: at most eight times the bytes that are there
+TENSORRT_OPERATORS = {"": frozenset(_TENSORRT | {_WIDENING})}
 OPERATORS = {
     "": frozenset(_DECODER | _SAMPLER),
     "com.microsoft": frozenset(
@@ -51,17 +59,18 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 Fields = Iterator[tuple[int, int | memoryview]]
 
 
-def check_graph(path: Path) -> None:
+def check_graph(path: Path, operators: Mapping[str, Collection[str]] = OPERATORS) -> None:
     """Refuse a graph that could do something else than one forward pass over its own weights.
 
     Args:
         path: an ONNX file; its weights are looked for in its folder.
+        operators: which it may use, by domain.
 
     Raises:
         BackendError: the file isn't an ONNX graph, or breaks a rule of this module.
     """
     try:
-        _check_model(memoryview(_contents(path)), path.parent)
+        _check_model(memoryview(_contents(path)), _Graph(path.parent, operators))
     except _RefusedError as error:
         raise BackendError(
             f"{path} can't be loaded: {error}; rebuild it with llama-export build"
@@ -81,8 +90,7 @@ def _contents(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _check_model(model: memoryview, folder: Path) -> None:
-    graph = _Graph(folder)
+def _check_model(model: memoryview, graph: _Graph) -> None:
     for number, value in _fields(model):
         if number == 7:
             graph.read(_message(value))
@@ -94,8 +102,9 @@ def _check_model(model: memoryview, folder: Path) -> None:
 class _Graph:
     """The rules of a graph, checked while it is read; a format that repeats it goes on with it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, operators: Mapping[str, Collection[str]]) -> None:
         self._folder = folder
+        self._operators = operators
         self._constants: set[str] = set()
         self._nodes: list[tuple[str, list[str]]] = []
 
@@ -113,7 +122,7 @@ class _Graph:
         if not self._nodes:
             raise _RefusedError("it is not an ONNX graph")
         for operator, inputs in self._nodes:
-            if self._constants.issuperset(inputs):
+            if self._constants.issuperset(inputs) and operator != _WIDENING:
                 raise _RefusedError(f"one of its operators {operator} works on constants alone")
 
     def _read_node(self, node: memoryview) -> None:
@@ -127,7 +136,7 @@ class _Graph:
                 _check_attribute(_message(value))
             elif number == 7:
                 domain = _text(value)
-        if operator not in OPERATORS.get(domain, ()):
+        if operator not in self._operators.get(domain, ()):
             raise _RefusedError(f"it uses the operator {f'{domain}.{operator}'.lstrip('.')!r:.80}")
         self._nodes.append((operator, [name for name in inputs if name]))
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_runtime.errors import BackendError
-from llama_runtime.graph_file import OPERATORS, _check_model, _RefusedError, check_graph
+from llama_runtime.graph_file import OPERATORS, _check_model, _Graph, _RefusedError, check_graph
 
 # What else a graph may not do is in tests/hostile/bundles.py.
 
@@ -30,7 +30,7 @@ def test_a_graph_that_passes_may_be_written_in_pieces(tiny_bundle: Path) -> None
     loop = onnx.helper.make_node("Loop", ["logits"], ["x"])
     more = onnx.ModelProto(graph=onnx.GraphProto(node=[loop])).SerializeToString()
     with pytest.raises(_RefusedError, match="'Loop'"):
-        _check_model(memoryview(data + more), tiny_bundle)
+        _check_model(memoryview(data + more), _Graph(tiny_bundle, OPERATORS))
 
 
 def test_dimensions_are_read_in_both_spellings(tiny_bundle: Path) -> None:
@@ -41,7 +41,7 @@ def test_dimensions_are_read_in_both_spellings(tiny_bundle: Path) -> None:
 
     for dims in (b"\x0a\x02\x7f\x7f", b"\x08\x7f\x08\x7f"):  # packed, and one by one
         with pytest.raises(_RefusedError, match=r"'w' of the shape \[127, 127\] are not in the"):
-            _check_model(model(dims), tiny_bundle)
+            _check_model(model(dims), _Graph(tiny_bundle, OPERATORS))
 
 
 @pytest.mark.parametrize("kind", ["symbolic", "hard"])
@@ -62,7 +62,7 @@ def test_weights_behind_a_link_are_refused(kind: str, tiny_bundle: Path, tmp_pat
 @given(st.binary(max_size=300))
 def test_any_bytes_are_refused_in_one_way(data: bytes) -> None:
     with pytest.raises(_RefusedError):
-        _check_model(memoryview(data), Path("/nowhere"))
+        _check_model(memoryview(data), _Graph(Path("/nowhere"), OPERATORS))
 
 
 @given(st.data())
@@ -74,4 +74,4 @@ def test_a_damaged_graph_is_refused_in_one_way_or_passes(
         at = data.draw(st.integers(0, len(content) - 1))
         content[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
     with contextlib.suppress(_RefusedError):
-        _check_model(memoryview(bytes(content)), tiny_bundle)
+        _check_model(memoryview(bytes(content)), _Graph(tiny_bundle, OPERATORS))
