@@ -173,7 +173,7 @@ class PagedBatch:
         views["cumulative_sequence_length"][1:] = ends
         views["past_seqlens"][:] = starts
         views["block_table"][:] = self._tables[slots, :columns]
-        views["given"][:] = [token for chunk in chunks for token in _given(chunk)]
+        views["given"][:] = [token for chunk in chunks for token in given_tokens(chunk)]
         owner = np.repeat(np.arange(len(chunks)), counts)
         positions = (np.arange(num_tokens) + (starts - (ends - counts))[owner]).astype(np.int32)
         views["slot_mapping"][:] = self._cells(slots[owner], positions)
@@ -287,7 +287,7 @@ def _newest(seq: Sequence) -> int:
     return tokens[place] if place < len(tokens) else -1 - (seq.slot or 0)
 
 
-def _given(chunk: Chunk) -> list[int]:
+def given_tokens(chunk: Chunk) -> list[int]:
     """The tokens of a chunk; -1 - slot for one that only the device knows."""
     seq, start = chunk.seq, chunk.seq.cache_len
     known = seq.token_ids[start : start + chunk.num_tokens]

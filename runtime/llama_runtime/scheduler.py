@@ -91,6 +91,8 @@ class Scheduler:
             ``any_chunk``.
         max_cells: the most cells of a step of prompts, from its lowest slot to its highest; None
             where a dialect has none.
+        max_prompts: the most prompts of which one step runs chunks; None where it may be any.
+        max_logits: the most rows of logits of a step of prompts; None for ``max_logits_rows``.
     """
 
     def __init__(
@@ -102,6 +104,8 @@ class Scheduler:
         refill: bool = True,
         cut: Callable[[int, int, int], int] | None = None,
         max_cells: int | None = MAX_CELLS,
+        max_prompts: int | None = None,
+        max_logits: int | None = None,
     ) -> None:
         if cut is None and not MIN_CHUNK <= max_chunk <= MAX_CHUNK:
             raise ValueError(f"max_chunk must lie in {MIN_CHUNK} to {MAX_CHUNK}, not {max_chunk}")
@@ -109,6 +113,8 @@ class Scheduler:
             raise ValueError(f"prompt_budget must be at least {MIN_CHUNK}, not {prompt_budget}")
         self._cut = cut or next_chunk
         self._max_cells = max_cells
+        self._max_prompts = max_prompts
+        self._max_logits = max_logits
         self.cache = cache
         self.prompt_budget = prompt_budget
         self.max_chunk = max_chunk
@@ -146,7 +152,7 @@ class Scheduler:
         """Chunks of the oldest prompts, as many as the budget and the cells of a step hold."""
         chunks: list[Chunk] = []
         budget, width, low, high = self.prompt_budget, 0, self.cache.num_slots, 0
-        logits_rows = max_logits_rows(self.cache.num_slots)
+        logits_rows = self._max_logits or max_logits_rows(self.cache.num_slots)
         for seq in self.running:
             if seq.decodes or seq.slot is None:
                 continue
@@ -161,6 +167,8 @@ class Scheduler:
             if num_tokens == 0 or cells > (self._max_cells or 0) or logits_rows < 0:
                 break  # a later prompt must not overtake this one
             chunks.append(chunk)
+            if len(chunks) == self._max_prompts:
+                break
             budget -= num_tokens
         return chunks
 

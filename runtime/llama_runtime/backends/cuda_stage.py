@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+from typing import Protocol
+
 import numpy as np
 
 from llama_runtime.backends.base import Outcome
 from llama_runtime.backends.cuda_device import Device
 from llama_runtime.contract import MAX_TOP_LOGPROBS
-from llama_runtime.paged_batch import Layout, PagedStep
+from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import TokenLogprob
+
+STAGES = 3  # steps whose host memory is in use: planned, running, read
+
+
+class StepSizes(Protocol):
+    """The sizes of a step, whatever its dialect."""
+
+    @property
+    def num_logits(self) -> int:
+        """R."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all its arrays together."""
+
+
+class StepRows(Protocol):
+    """Whose the rows of a step's logits are, whatever its dialect."""
+
+    @property
+    def num_sampled(self) -> int:
+        """Rows that are sampled from, the first ones: one of each chunk that samples, in order."""
+
+    @property
+    def scored(self) -> list[int]:
+        """Rows after them that score tokens of prompts: for each, the token."""
+
+    @property
+    def chunks(self) -> Seq[Chunk]:
+        """What runs."""
 
 
 class Stage:
     """Host memory of one step: its arrays on the way out, its tokens on the way back."""
 
-    def __init__(self, device: Device, largest: Layout) -> None:
+    def __init__(self, device: Device, largest: StepSizes) -> None:
         rows, tops = largest.num_logits, largest.num_logits * MAX_TOP_LOGPROBS
         self.memory = device.pinned(largest.num_bytes)
         self.tokens = device.pinned(4 * rows).view(np.int32)
@@ -28,7 +61,7 @@ class InFlight:
     """See ``Launched``."""
 
     def __init__(
-        self, device: Device, stage: Stage, step: PagedStep, num_top: int, *, is_scored: bool
+        self, device: Device, stage: Stage, step: StepRows, num_top: int, *, is_scored: bool
     ) -> None:
         self._device = device
         self._stage = stage

@@ -8,34 +8,31 @@ launch of a captured graph, the sampler in it.
 
 from __future__ import annotations
 
-import logging
-from collections import OrderedDict
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llama_runtime.backends.captured_graphs import CapturedGraphs
 from llama_runtime.backends.cuda_device import INSTALL, Device
 from llama_runtime.backends.cuda_sampler import CudaSampler
-from llama_runtime.backends.cuda_stage import InFlight, Stage
+from llama_runtime.backends.cuda_scores import CudaScores
+from llama_runtime.backends.cuda_stage import STAGES, InFlight, Stage
 from llama_runtime.backends.ort_library import check_signature, import_library
-from llama_runtime.contract import CACHE_ITEM_BYTES, MAX_TOP_LOGPROBS, PAGED, DType, Geometry
+from llama_runtime.contract import CACHE_ITEM_BYTES, PAGED, DType, Geometry
 from llama_runtime.errors import BackendError, DependencyError
 from llama_runtime.graph_file import check_graph
-from llama_runtime.paged_batch import Layout, PagedBatch, PagedStep
+from llama_runtime.paged_batch import Layout, PagedBatch
 from llama_runtime.paged_cache import PagedCache
 from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence
 
-logger = logging.getLogger(__name__)
-
-MAX_GRAPHS = 128  # captured at a time; the least recently used one makes room
-STAGES = 3  # steps whose host memory is in use: planned, running, read
 _ONNX_TYPES = {"float16": 10, "bfloat16": 16, "float8e4m3fn": 17, "int64": 7, "int32": 6}
 _ITEM_BYTES = 2  # of activations
 
@@ -100,9 +97,6 @@ class OrtCuda:
         prompt_budget: the most prompt tokens of a step.
         eos_token_ids: every end token of the model.
 
-    Attributes:
-        num_graphs: how many sizes of steps have been captured so far.
-
     Raises:
         BackendError: the graph can't be loaded, or isn't that of the dialect and the geometry.
     """
@@ -145,7 +139,7 @@ class OrtCuda:
             max_rows=largest.num_logits,
             eos_token_ids=eos_token_ids,
         )
-        self._scores = _Scores(device, largest.num_logits)
+        self._scores = CudaScores(device, self._sampler, self._logits, largest.num_logits)
         self._stages = [Stage(device, largest) for _ in range(STAGES)]
         self._cells = (cache.num_blocks, cache.block_size, geometry.num_kv_heads, geometry.head_dim)
         item_bytes = CACHE_ITEM_BYTES[self._dialect.cache_dtype]
@@ -159,11 +153,14 @@ class OrtCuda:
         self._options = self._ort.RunOptions()  # not to wait at the end of a run
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._loose = self._binding(np.zeros(3, np.int32))
-        self._graphs: OrderedDict[Layout, Any] = OrderedDict()
-        self._uncaptured: set[Layout] = set()
+        self._graphs = CapturedGraphs[Layout](device)
         self._num_launched = 0
-        self.num_graphs = 0
         device.synchronize()
+
+    @property
+    def num_graphs(self) -> int:
+        """How many sizes of steps have been captured so far."""
+        return self._graphs.num_captured
 
     def launch(self, chunks: Seq[Chunk]) -> InFlight:
         """See ``Runner.launch``."""
@@ -179,7 +176,7 @@ class OrtCuda:
             self._run(self._loose, step.layout, step.metadata, step.num_sampled)
         self._device.download(stage.tokens[: step.num_sampled], self._sampler.tokens)
         is_scored = any(chunk.seq.scored for chunk in chunks)
-        num_top = self._score(step, stage) if is_scored else 0
+        num_top = self._scores.queue(step, stage) if is_scored else 0
         self._device.record(stage.event)
         return InFlight(self._device, stage, step, num_top, is_scored=is_scored)
 
@@ -199,34 +196,14 @@ class OrtCuda:
         self._device.close()
 
     def _decode(self, layout: Layout, metadata: npt.NDArray[np.int32]) -> None:
-        """Launch the graph of a size; the first time it runs as it is, and is captured after.
-
-        What has run has run, so a capture that fails is no failure of the step; that size goes on
-        without one.
-        """
-        if layout in self._graphs:
-            self._graphs.move_to_end(layout)
-            self._device.launch(self._graphs[layout])
+        """Launch the graph of a size; the first time it runs as it is, and is captured after."""
+        if self._graphs.launch(layout):
             return
-        if layout in self._uncaptured:
-            self._run(self._loose, layout, metadata, layout.num_logits)
-            return
-        binding = self._binding(metadata)
-        self._run(binding, layout, metadata, layout.num_logits)
-        if len(self._graphs) >= MAX_GRAPHS:
-            self._device.synchronize()
-            self._device.destroy(self._graphs.popitem(last=False)[1])
-        try:
-            with self._device.captured() as captured:
-                self._run(binding, layout, metadata, layout.num_logits)
-        except BackendError as error:
-            logger.warning(
-                "steps of %d rows run without a captured graph: %s", layout.num_rows, error
-            )
-            self._uncaptured.add(layout)
-        else:
-            self._graphs[layout] = captured[0]
-            self.num_graphs += 1
+        # A captured binding is its graph's own; a size that can't be captured needs none.
+        binding = self._loose if self._graphs.refused(layout) else self._binding(metadata)
+        queue = partial(self._run, binding, layout, metadata, layout.num_logits)
+        queue()
+        self._graphs.capture(layout, queue, layout.num_rows)
 
     def _run(
         self,
@@ -256,31 +233,6 @@ class OrtCuda:
         if num_sampled:
             self._sampler.sample(self._logits, places["rows"], num_sampled)
 
-    def _score(self, step: PagedStep, stage: Stage) -> int:
-        """Queue what the log-probabilities of a step need; returns how many likeliest ones."""
-        sampling = [chunk for chunk in step.chunks if chunk.samples]
-        wanting = [i for i, chunk in enumerate(sampling) if chunk.seq.params.logprobs]
-        rows = [*wanting, *range(step.num_sampled, step.num_sampled + len(step.scored))]
-        if not rows:
-            return 0
-        num_top = max(
-            chunk.seq.params.top_logprobs
-            for chunk in step.chunks
-            if chunk.num_scored or (chunk.samples and chunk.seq.params.logprobs)
-        )
-        wanted = [-1] * len(wanting) + step.scored
-        scores = self._scores
-        self._device.upload(scores.rows, np.array(rows, np.int32))
-        self._device.upload(scores.wanted, np.array(wanted, np.int32))
-        self._sampler.score(
-            self._logits, scores.rows, scores.wanted, len(rows), num_top, scores.results
-        )
-        self._device.download(stage.logprobs[: len(rows)], scores.results[0])
-        if num_top:
-            self._device.download(stage.top_tokens[: len(rows) * num_top], scores.results[1])
-            self._device.download(stage.top_logprobs[: len(rows) * num_top], scores.results[2])
-        return num_top
-
     def _binding(self, metadata: npt.NDArray[np.int32]) -> _Binding:
         """A binding whose cache is bound; the rest is bound when it runs."""
         io, ordinal = self._session.io_binding(), self._device.ordinal
@@ -294,16 +246,6 @@ class OrtCuda:
         value = self._ort.OrtValue.ortvalue_from_numpy(own)  # shares the array's memory
         io.bind_ortvalue_input(PAGED.inputs[-1].name, value)
         return _Binding(io, own, value)
-
-
-class _Scores:
-    """Device memory of what ``CudaSampler.score`` reads and writes."""
-
-    def __init__(self, device: Device, max_rows: int) -> None:
-        self.rows = device.allocate(4 * max_rows)
-        self.wanted = device.allocate(4 * max_rows)
-        sizes = (8 * max_rows, 4 * max_rows * MAX_TOP_LOGPROBS, 8 * max_rows * MAX_TOP_LOGPROBS)
-        self.results = [device.allocate(size) for size in sizes]
 
 
 @dataclass(frozen=True, slots=True)
