@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +13,9 @@ from llama_export.errors import ExportError
 from llama_runtime import __version__, interrupts
 from llama_runtime.command_line import FAILED, Commands, print_out
 from llama_runtime.errors import CaravanError
+
+if TYPE_CHECKING:
+    from llama_export.engines import Wanted
 
 EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "gguf")
 TARGETS = ("cpu", "cuda", "tensorrt")
@@ -67,14 +71,16 @@ def main() -> None:
     type=click.Choice(TARGETS),
     default="cpu",
     show_default=True,
-    help="What the bundle runs on: any processor, or an NVIDIA GPU.",
+    help="What the bundle runs on: any processor; an NVIDIA GPU, by ONNX Runtime; or one as a "
+    "TensorRT engine.",
 )
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
-    help="How weights are stored. cpu takes fp32: exact. cuda takes fp16, its default: half the "
-    "size; bf16: as small, for weights that fp16 can't hold or were trained so; int4: a quarter of "
-    "that for the layers' products, for a small GPU or few sequences at once, and less exact.",
+    help="How weights are stored. cpu takes fp32: exact. cuda and tensorrt take fp16, their "
+    "default: half the size; bf16: as small, for weights that fp16 can't hold or were trained so; "
+    "int4: a quarter of that for the layers' products, for a small GPU or few sequences at once, "
+    "and less exact.",
 )
 @click.option(
     "--kv-cache",
@@ -92,6 +98,16 @@ def main() -> None:
     help="Make weights up instead of reading some: MODEL is then the name of a published shape, "
     "such as Llama-3.2-1B. For measuring speed; the text is nonsense.",
 )
+@click.option(
+    "--for",
+    "targets",
+    metavar="GPU[,GPU...]",
+    help="GPUs to build TensorRT engines for, such as sm80,sm86,sm89,sm120, or current. With "
+    "tensorrt_rtx they needn't be here.  [default: the one that is here; if none is, llama-run "
+    "builds the engine when it first runs]",
+)
+@click.option("--max-batch", type=int, help="Of a TensorRT engine: sequences at once.")
+@click.option("--max-len", type=int, help="Of a TensorRT engine: tokens of one sequence.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def build(
@@ -102,6 +118,9 @@ def build(
     precision: str | None,
     kv_cache: str,
     random_seed: int | None,
+    targets: str | None,
+    max_batch: int | None,
+    max_len: int | None,
     force: bool,
     quiet: bool,
 ) -> None:
@@ -118,6 +137,7 @@ def build(
       llama-export build ~/models/Llama-3.2-1B-Instruct --output llama-3.2-1b
       llama-export build ~/models/Llama-3.2-1B-Instruct --target cuda --precision bf16
       llama-export build ~/models/Llama-3.1-8B-Instruct --target cuda --kv-cache fp8
+      llama-export build ~/models/Llama-3.2-1B-Instruct --target tensorrt --for sm86,sm89
       llama-export build Llama-3.1-8B --weights random:0 --target cuda --output speed
     """
     _require_export_extra()
@@ -130,6 +150,8 @@ def build(
         choose_precision(target, precision, kv_cache)
     except ExportError as error:
         raise click.UsageError(str(error)) from error
+
+    engines = _wanted_engines(target, targets, max_batch, max_len)
 
     def last_act() -> str:
         remove_unfinished()
@@ -149,6 +171,58 @@ def build(
     size = sum(file.size for file in manifest.files.values())
     state = "verified" if target == "cpu" else f"{manifest.graphs[0].precision}, not run here"
     print_out(f"{output}: {manifest.name}, {size / 1e6:,.0f} MB, {state}\n")
+    if target == "tensorrt":
+        _build_engines(output, engines, quiet=quiet)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path), default=Path("bundle"))
+@click.option(
+    "--for",
+    "targets",
+    metavar="GPU[,GPU...]",
+    help="GPUs to build for, such as sm80,sm86,sm89,sm120.  [default: the one that is here]",
+)
+@click.option("--max-batch", type=int, help="Sequences at once.  [default: 32]")
+@click.option(
+    "--max-len",
+    type=int,
+    help="Tokens of one sequence.  [default: 4096, or what the model takes if that is less]",
+)
+@click.option(
+    "--trust",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Take this engine from elsewhere for the bundle's, unseen. It is code that will run on "
+    "your GPU: only if you know who built it, from this bundle, for this GPU and these sizes, with "
+    "the library that is installed.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def engine(
+    bundle: Path,
+    *,
+    targets: str | None,
+    max_batch: int | None,
+    max_len: int | None,
+    trust: Path | None,
+    quiet: bool,
+) -> None:
+    r"""Build TensorRT engines of BUNDLE, or take one from elsewhere.
+
+    They lie in your cache folder, signed as yours; one that isn't is never loaded. llama-run builds
+    what is missing itself.
+
+    \b
+    Examples:
+      llama-export engine llama-3.2-1b --for sm86,sm89 --max-batch 64
+      llama-export engine llama-3.2-1b --for sm89 --trust engine.plan
+    """
+    from llama_export.engines import adopt_engine
+
+    wanted = _wanted_engines("tensorrt", targets or "current", max_batch, max_len)
+    if trust is not None and wanted is not None:
+        print_out(f"{adopt_engine(bundle, trust, wanted)}\n")
+        return
+    _build_engines(bundle, wanted, quiet=quiet)
 
 
 @main.command()
@@ -203,6 +277,40 @@ def inspect(model: Path | None) -> None:
 
     for name, value in describe_model(model or _demo_model()):
         print_out(f"{name:<18}{value}\n")
+
+
+def _wanted_engines(
+    target: str, targets: str | None, max_batch: int | None, max_len: int | None
+) -> Wanted | None:
+    """The engines that are asked for, before anything is built.
+
+    Raises:
+        UsageError: they are asked for, and the bundle isn't for TensorRT.
+    """
+    if target != "tensorrt":
+        given = {"--for": targets, "--max-batch": max_batch, "--max-len": max_len}
+        for name, value in given.items():
+            if value is not None:
+                raise click.UsageError(
+                    f"{name} is of a TensorRT engine: it needs --target tensorrt"
+                )
+        return None
+    from llama_export.engines import wanted_engines
+
+    return wanted_engines(targets, max_batch, max_len)
+
+
+def _build_engines(bundle: Path, wanted: Wanted | None, *, quiet: bool) -> None:
+    from llama_export.engines import build_engines
+    from llama_export.stages import Stages, stderr_stages
+
+    if wanted is None:
+        print_out("no engine was built: there is no TensorRT here, or no GPU that it runs on\n")
+        return
+    stages = Stages() if quiet else stderr_stages()
+    with interrupts.last_act(lambda: "interrupted: engines that were finished are kept"):
+        for line in build_engines(bundle, wanted, stages):
+            print_out(f"{line}\n")
 
 
 def _require_export_extra() -> None:

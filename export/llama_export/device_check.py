@@ -1,4 +1,4 @@
-"""Does a paged bundle compute on a GPU what the decoder computes? For hosts that have one.
+"""Does a bundle compute on a GPU what the decoder computes? For hosts that have one.
 
 The real engine runs a ragged job greedily: prompts of one token and of several blocks, more
 sequences than slots, steps that replay captured graphs, blocks of shared prefixes. Then the eager
@@ -62,6 +62,8 @@ class DeviceCheck:
         device_greedy_agreement: share of the rows with the same likeliest token.
         device_near_ties: rows that differ there because the decoder gives the two tokens logits
             that close.
+        device_max_divergence: the largest Kullback-Leibler divergence of the GPU's distribution
+            from the decoder's, in nats, over the likeliest 20 tokens and all others together.
     """
 
     device: str
@@ -70,6 +72,7 @@ class DeviceCheck:
     device_tolerance: float
     device_greedy_agreement: float
     device_near_ties: int
+    device_max_divergence: float
 
     @property
     def passed(self) -> bool:
@@ -93,7 +96,8 @@ class DeviceCheck:
             f"on {self.device} log-probabilities differ by at most "
             f"{self.device_max_logprob_difference:.2g} of the logits' standard deviation (limit "
             f"{self.device_tolerance:g}), and {self.device_greedy_agreement:.1%} of "
-            f"{self.device_rows} likeliest tokens agree, {self.device_near_ties} more are near ties"
+            f"{self.device_rows} likeliest tokens agree, {self.device_near_ties} more are near "
+            f"ties; the distributions diverge by {self.device_max_divergence:.2g} nats at most"
         )
 
 
@@ -146,14 +150,38 @@ def check_on_device(
         block_size=size,
         prompt_budget=PROMPT_BUDGET,
     )
+    path = bundle.path / "model.safetensors"
+    return check_engine(engine, device.name, path, config, precision, prompt_lengths)
+
+
+def check_engine(
+    engine: Engine,
+    name: str,
+    weights: Path,
+    config: LlamaConfig,
+    precision: Precision,
+    prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
+) -> DeviceCheck:
+    """Compare any engine over a GPU with the eager decoder over the stored weights.
+
+    Args:
+        engine: closed when this returns.
+        name: of the GPU.
+        weights: the weight file.
+        config: the model's numbers.
+        precision: what the weights are stored in.
+        prompt_lengths: of the job, as far as the engine takes them.
+
+    Raises:
+        BackendError: the graph doesn't run.
+    """
     try:
-        prompts = _prompts(prompt_lengths, longest - MAX_TOKENS, config.vocab_size)
+        prompts = _prompts(prompt_lengths, engine.max_len - MAX_TOKENS, config.vocab_size)
         tokens, tops = _generated(engine, prompts)
     finally:
         engine.close()
-    path = bundle.path / "model.safetensors"
-    expected = _expected(config, precision, path, tokens, [len(prompt) for prompt in prompts])
-    return _compared(device.name, precision, expected, tokens, tops)
+    expected = _expected(config, precision, weights, tokens, [len(prompt) for prompt in prompts])
+    return _compared(name, precision, expected, tokens, tops)
 
 
 Tops = list[tuple[tuple[int, float], ...]]
@@ -224,7 +252,7 @@ def _compared(
     tokens: list[list[int]],
     tops: list[Tops],
 ) -> DeviceCheck:
-    difference, agreeing, near = 0.0, 0, 0
+    difference, agreeing, near, divergence = 0.0, 0, 0, 0.0
     spread = float(np.std(expected[0]))
     for logits, all_tokens, of_rows in zip(expected, tokens, tops, strict=True):
         for row, token, top in zip(logits, all_tokens[-MAX_TOKENS:], of_rows, strict=True):
@@ -234,6 +262,7 @@ def _compared(
             ids = [token_id for token_id, _ in top]
             found = np.array([logprob for _, logprob in top])
             difference = max(difference, float(np.abs(found - logprobs[ids]).max()) / spread)
+            divergence = max(divergence, _divergence(logprobs[ids], found))
             same = int(values.argmax()) == token
             agreeing += same
             lost = float(values.max() - values[token])
@@ -246,4 +275,13 @@ def _compared(
         device_tolerance=TOLERANCES[precision.dialect.cache_dtype],
         device_greedy_agreement=agreeing / num_rows,
         device_near_ties=near,
+        device_max_divergence=divergence if isfinite(divergence) else inf,
     )
+
+
+def _divergence(expected: npt.NDArray[np.float64], found: npt.NDArray[np.float64]) -> float:
+    """In nats, of some log-probabilities and the rest in one."""
+    p, q = (
+        np.append(np.exp(part), max(1 - np.exp(part).sum(), 1e-12)) for part in (expected, found)
+    )
+    return float((p * np.log(p / q)).sum())

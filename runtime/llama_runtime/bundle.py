@@ -35,7 +35,7 @@ from typing import Literal
 
 from llama_runtime import verified
 from llama_runtime.bundle_limits import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER, check_limits
-from llama_runtime.contract import PAGED, SAMPLER, SLOTS
+from llama_runtime.contract import PAGED, SAMPLER, SLOTS, TENSORRT
 from llama_runtime.errors import BundleError, RequestError
 from llama_runtime.manifest import (
     MANIFEST,
@@ -66,7 +66,11 @@ logger = logging.getLogger(__name__)
 _MAX_MANIFEST_BYTES = 2**20
 _MAX_ENTRIES = 10_000  # files and folders
 _REBUILD = "rebuild it with llama-export build"
-_TARGETS = {SLOTS.name: " --target cpu", PAGED.name: " --target cuda"}
+_TARGETS = {
+    SLOTS.name: " --target cpu",
+    PAGED.name: " --target cuda",
+    TENSORRT.name: " --target tensorrt",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.backends.ort_sampler import OrtSampler
 from llama_runtime.bundle import Bundle, open_bundle
-from llama_runtime.contract import PAGED, PROMPT_CHUNK, SAMPLER, SLOTS, cache_capacity
+from llama_runtime.contract import (
+    PAGED,
+    PROMPT_CHUNK,
+    SAMPLER,
+    SLOTS,
+    TENSORRT,
+    cache_capacity,
+)
 from llama_runtime.engine import Engine
 from llama_runtime.engine_group import EngineGroup
 from llama_runtime.errors import RequestError
@@ -25,6 +32,7 @@ from llama_runtime.slots_engine import slots_engine
 if TYPE_CHECKING:
     from llama_runtime.backends.cuda_device import Device
     from llama_runtime.cuda_plan import CudaPlan
+    from llama_runtime.tensorrt_plan import TensorRtPlan
 
 DEFAULT_MAX_BATCH = 32
 DEFAULT_MAX_LEN = 4096
@@ -64,8 +72,10 @@ def load(
     encoder = opened(bundle, verify=verify)
     config = encoder.bundle.generation_config
     params, eos = default_params(config), eos_token_ids(config)
-    if runs_on_cuda(encoder.bundle):
-        return _load_paged(encoder, max_batch, max_len, threads, devices, params, eos)
+    if runs_on_gpu(encoder.bundle):
+        _refuse_threads(encoder.bundle, threads)
+        load_it = _load_tensorrt if runs_on_tensorrt(encoder.bundle) else _load_paged
+        return load_it(encoder, max_batch, max_len, devices, params, eos)
     wanted = _plan_slots(encoder.bundle, max_batch, max_len, devices)
     threads = in_range("threads", default_threads() if threads is None else threads, 1024)
     wanted.check()
@@ -102,10 +112,15 @@ def opened(
     return PromptEncoder(open_bundle(Path(bundle), verify=verify))
 
 
-def runs_on_cuda(bundle: Bundle) -> bool:
+def runs_on_gpu(bundle: Bundle) -> bool:
     """Whether a bundle was built for CUDA devices, and not for the CPU."""
     dialects = {graph.dialect for graph in bundle.manifest.graphs}
-    return PAGED.name in dialects and SLOTS.name not in dialects
+    return not dialects.isdisjoint({PAGED.name, TENSORRT.name}) and SLOTS.name not in dialects
+
+
+def runs_on_tensorrt(bundle: Bundle) -> bool:
+    """Whether TensorRT runs a bundle for CUDA devices, and not ONNX Runtime."""
+    return all(graph.dialect != PAGED.name for graph in bundle.manifest.graphs)
 
 
 def plan(
@@ -117,12 +132,16 @@ def plan(
         BundleError: the bundle has no graph for this backend.
         RequestError: an argument is out of range.
     """
-    if not runs_on_cuda(bundle):
+    if not runs_on_gpu(bundle):
         return _plan_slots(bundle, max_batch, max_len, devices)
     from llama_runtime.cuda_loading import opened_devices
 
     with opened_devices(_ordinals(devices)) as found:
-        wanted = _plan_paged(bundle, max_batch, max_len, found)
+        wanted: MemoryPlan
+        if runs_on_tensorrt(bundle):
+            wanted = _plan_tensorrt(bundle, max_batch, max_len, found)
+        else:
+            wanted = _plan_paged(bundle, max_batch, max_len, found)
         for device in found:
             device.close()
     return wanted
@@ -165,24 +184,61 @@ def _load_paged(
     encoder: PromptEncoder,
     max_batch: int | None,
     max_len: int | None,
-    threads: int | None,
     devices: Seq[int] | None,
     params: SamplingParams,
     eos: frozenset[int],
 ) -> Loaded:
     from llama_runtime.cuda_loading import cuda_engines, opened_devices
 
-    if threads is not None:
-        raise RequestError(
-            f"threads {threads} are those of kernels on the CPU, and {encoder.bundle.path} was "
-            "built for CUDA: leave them out",
-            param="threads",
-        )
     with opened_devices(_ordinals(devices)) as found:
         wanted = _plan_paged(encoder.bundle, max_batch, max_len, found)
         wanted.check()
         engine = cuda_engines(encoder.bundle, found, wanted, encoder.tokenizer.byte_table, eos)
     return Loaded(encoder, wanted, None, params, engine)
+
+
+def _plan_tensorrt(
+    bundle: Bundle, max_batch: int | None, max_len: int | None, devices: Seq[Device]
+) -> TensorRtPlan:
+    from llama_runtime.tensorrt_loading import tensorrt_plan
+
+    if len(devices) > 1:
+        raise RequestError(
+            f"devices {[device.ordinal for device in devices]} are several, and a TensorRT engine "
+            "runs on one: choose it, or build the bundle with llama-export build --target cuda",
+            param="devices",
+        )
+    batch = _batch(max_batch, DEFAULT_MAX_BATCH)
+    length = _length(max_len, bundle.manifest.geometry.max_positions)
+    return _shortened(tensorrt_plan(bundle, devices[0], batch, length), max_len)
+
+
+def _load_tensorrt(
+    encoder: PromptEncoder,
+    max_batch: int | None,
+    max_len: int | None,
+    devices: Seq[int] | None,
+    params: SamplingParams,
+    eos: frozenset[int],
+) -> Loaded:
+    from llama_runtime.cuda_loading import opened_devices
+    from llama_runtime.tensorrt_loading import loaded_engine
+
+    with opened_devices(_ordinals(devices)) as found:
+        wanted = _plan_tensorrt(encoder.bundle, max_batch, max_len, found)
+        wanted.check()
+        byte_table = encoder.tokenizer.byte_table
+        engine = loaded_engine(encoder.bundle, found[0], wanted, byte_table, eos)
+    return Loaded(encoder, wanted, None, params, engine)
+
+
+def _refuse_threads(bundle: Bundle, threads: int | None) -> None:
+    if threads is not None:
+        raise RequestError(
+            f"threads {threads} are those of kernels on the CPU, and {bundle.path} was "
+            "built for CUDA: leave them out",
+            param="threads",
+        )
 
 
 Plan = TypeVar("Plan", bound=MemoryPlan)
