@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.numpy import load_file, save_file
 
 from llama_export.cli import main
 from llama_runtime.cli import cli
@@ -79,6 +81,24 @@ def test_an_engine_is_built_once_for_all_it_depends_on(
         done = export("engine", bundle, "--for", other[0], "--max-batch", other[1], "-q")
         assert done.exit_code == 0, done.output
     assert len(engines(tmp_path)) == 3
+
+
+@needs_library
+def test_other_weights_are_another_engine(bundle: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """The graph of another model in the same shape is the same file."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    weights = model / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name] * 2}, weights)
+    other = tmp_path / "other"
+    done = export("build", model, "--target", "tensorrt", "--for", "sm80", "-o", other, "-q")
+    assert done.exit_code == 0, done.output
+    assert (other / "decoder.onnx").read_bytes() == (bundle / "decoder.onnx").read_bytes()
+    done = export("engine", bundle, "--for", "sm80", "-q")
+    assert done.exit_code == 0, done.output
+    assert len(engines(tmp_path)) == 2
 
 
 @needs_library
