@@ -10,6 +10,7 @@ import logging
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from llama_runtime.contract import TensorSpec
 from llama_runtime.errors import BackendError
 from llama_runtime.params import SamplingParams
 from llama_runtime.scheduler import Chunk
+from llama_runtime.tensorrt.kept import load_kept
 from llama_runtime.tensorrt.library import Library, import_tensorrt
 from llama_runtime.tensorrt.limits import DECODE, EngineLimits
 from llama_runtime.tensorrt_engine import tensorrt_engine
@@ -346,6 +348,53 @@ def _library(**engine: Any) -> Library:
         ),
     )
     return Library("tensorrt", "11.0", _Hashable(module))
+
+
+class _Compiled:
+    """A runtime cache of TensorRT-RTX: what it was given, and one kernel more."""
+
+    def __init__(self, accepts: bool) -> None:
+        self._accepts, self._kernels = accepts, b""
+
+    def deserialize(self, kernels: bytes) -> bool:
+        self._kernels = kernels if self._accepts else b""
+        return self._accepts
+
+    def serialize(self) -> bytes:
+        return self._kernels or b"kernels"
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+def test_what_tensorrt_rtx_compiles_is_kept_for_the_next_time(
+    accepts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    given: list[Any] = []
+
+    def run(before: bytes) -> None:
+        compiled = _Compiled(accepts)
+        config = SimpleNamespace(
+            create_runtime_cache=lambda: compiled,
+            set_runtime_cache=given.append,
+            set_execution_context_allocation_strategy=given.append,
+        )
+        context = SimpleNamespace(set_device_memory=lambda *_: None)
+        made = {
+            "create_runtime_config": lambda: config,
+            "create_execution_context": lambda by: context if by is config else None,
+        }
+        library = replace(_library(**made), name="tensorrt_rtx")
+        engine = TensorRtEngine(library, b"", RecordingDevice())
+        assert compiled._kernels == (before if accepts else b"")
+        assert engine.create() is context
+        assert given[-2:] == [1, compiled]  # USER_MANAGED
+        engine.close()
+        device = RecordingDevice()
+        about = "{}, {}.{}".format(device.name, *device.capability)
+        assert load_kept("runtime", library, about) == b"kernels"
+
+    run(b"")
+    run(b"kernels")
 
 
 class _Hashable:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from llama_runtime.backends.cuda_device import Device
 from llama_runtime.contract import DType, TensorSpec
 from llama_runtime.errors import BackendError, one_line
+from llama_runtime.tensorrt.kept import load_kept, store_kept
 from llama_runtime.tensorrt.library import Library, Messages, messages, process_logger
 
 _TYPES: dict[DType, str] = {
@@ -62,7 +63,8 @@ class TensorRtEngine:
     """
 
     def __init__(self, library: Library, plan: bytes | memoryview, device: Device) -> None:
-        self._module = library.module
+        self._module, self._library = library.module, library
+        self._about = "{}, {}.{}".format(device.name, *device.capability)
         self._runtime = self._module.Runtime(process_logger(library))
         with messages() as said:
             self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -70,6 +72,11 @@ class TensorRtEngine:
             raise BackendError(f"the TensorRT engine can't be loaded: {_reason(said)}")
         self._num_bytes = int(self._engine.device_memory_size_v2)
         self._memory = device.allocate(self._num_bytes, zero=False)
+        self._config: Any = None
+        self._compiled: Any = None
+        self._found = b""
+        if library.builds_ahead:
+            self._open_compiled()
 
     def create(self) -> ExecutionContext:
         """See ``Contexts.create``.
@@ -79,7 +86,7 @@ class TensorRtEngine:
         """
         strategy = self._module.ExecutionContextAllocationStrategy.USER_MANAGED
         with messages() as said:
-            context: Any = self._engine.create_execution_context(strategy)
+            context: Any = self._engine.create_execution_context(self._config or strategy)
         if context is None:
             raise BackendError(f"TensorRT makes no execution context: {_reason(said)}")
         context.set_device_memory(self._memory, self._num_bytes)
@@ -131,8 +138,25 @@ class TensorRtEngine:
             )
 
     def close(self) -> None:
-        """See ``Contexts.close``."""
-        self._engine = self._runtime = None
+        """See ``Contexts.close``; what was compiled meanwhile is kept."""
+        if self._compiled is not None:
+            found = bytes(self._compiled.serialize())
+            if found != self._found:
+                store_kept("runtime", self._library, self._about, found)
+        self._config = self._compiled = self._engine = self._runtime = None
+
+    def _open_compiled(self) -> None:
+        """Let contexts share the kernels that TensorRT-RTX compiles, and those of earlier runs."""
+        self._found = load_kept("runtime", self._library, self._about)
+        config = self._config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(
+            self._module.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        compiled = self._compiled = config.create_runtime_cache()
+        with messages():  # of another driver, say, it refuses them, and compiles anew
+            if self._found and not compiled.deserialize(self._found):
+                self._found = b""
+        config.set_runtime_cache(compiled)
 
 
 class BoundContext:

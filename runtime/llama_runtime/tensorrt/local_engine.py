@@ -12,9 +12,9 @@ from llama_runtime.graph_file import TENSORRT_OPERATORS, check_graph
 from llama_runtime.tensorrt import engine_cache
 from llama_runtime.tensorrt.engine_build import WEIGHTS, build_engine
 from llama_runtime.tensorrt.engine_cache import EngineKey
+from llama_runtime.tensorrt.kept import load_kept, store_kept
 from llama_runtime.tensorrt.library import Library
 from llama_runtime.tensorrt.limits import EngineLimits
-from llama_runtime.tensorrt.timing_cache import load_timing, store_timing
 
 _DTYPES: dict[str, DType] = {"fp16": "float16", "bf16": "bfloat16", "int4": "float16"}
 
@@ -102,8 +102,8 @@ def local_engine(
         precision=dtype,
         targets=(target,),
         library=library,
-        timing_cache=load_timing(library, device),
+        timing_cache=load_kept("timing", library, device),
         on_progress=on_progress,
     )
-    store_timing(library, device, built.timing_cache)
+    store_kept("timing", library, device, built.timing_cache)
     return built.plan, engine_cache.store(key, built)
