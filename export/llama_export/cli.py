@@ -50,13 +50,26 @@ class _Commands(Commands):
         return FAILED
 
 
+def _examples(*lines: str) -> str:
+    """The end of a help page, its lines as they are: click reads a backspace as that."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="Caravan %(version)s (llama-export)")
 def main() -> None:
     """Turn a Llama checkpoint into a bundle that llama-run runs without PyTorch."""
 
 
-@main.command()
+@main.command(
+    epilog=_examples(
+        "llama-export build ~/models/Llama-3.2-1B-Instruct --output llama-3.2-1b",
+        "llama-export build ~/models/Llama-3.2-1B-Instruct --target cuda --precision bf16",
+        "llama-export build ~/models/Llama-3.1-8B-Instruct --target cuda --kv-cache fp8",
+        "llama-export build ~/models/Llama-3.2-1B-Instruct --target tensorrt --for sm86,sm89",
+        "llama-export build Llama-3.1-8B --weights random:0 --target cuda --output speed",
+    )
+)
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option(
     "-o",
@@ -124,21 +137,13 @@ def build(
     force: bool,
     quiet: bool,
 ) -> None:
-    r"""Build a bundle from MODEL and verify it against MODEL.
+    """Build a bundle from MODEL and verify it against MODEL.
 
     MODEL is a Hugging Face directory (config.json, safetensors, tokenizer.json) or a .gguf file.
     Without it the demo's model is taken, if scripts/fetch_model.py has fetched it.
 
     A bundle for cuda can be built on a host without a GPU: then its structure and what the
     precision costs are checked, and llama-export verify on a host with one runs it.
-
-    \b
-    Examples:
-      llama-export build ~/models/Llama-3.2-1B-Instruct --output llama-3.2-1b
-      llama-export build ~/models/Llama-3.2-1B-Instruct --target cuda --precision bf16
-      llama-export build ~/models/Llama-3.1-8B-Instruct --target cuda --kv-cache fp8
-      llama-export build ~/models/Llama-3.2-1B-Instruct --target tensorrt --for sm86,sm89
-      llama-export build Llama-3.1-8B --weights random:0 --target cuda --output speed
     """
     _require_export_extra()
     from llama_export.build import build_bundle
@@ -175,7 +180,12 @@ def build(
         _build_engines(output, engines, quiet=quiet)
 
 
-@main.command()
+@main.command(
+    epilog=_examples(
+        "llama-export engine llama-3.2-1b --for sm86,sm89 --max-batch 64",
+        "llama-export engine llama-3.2-1b --for sm89 --trust engine.plan",
+    )
+)
 @click.argument("bundle", type=click.Path(path_type=Path), default=Path("bundle"))
 @click.option(
     "--for",
@@ -206,15 +216,10 @@ def engine(
     trust: Path | None,
     quiet: bool,
 ) -> None:
-    r"""Build TensorRT engines of BUNDLE, or take one from elsewhere.
+    """Build TensorRT engines of BUNDLE, or take one from elsewhere.
 
     They lie in your cache folder, signed as yours; one that isn't is never loaded. llama-run builds
     what is missing itself.
-
-    \b
-    Examples:
-      llama-export engine llama-3.2-1b --for sm86,sm89 --max-batch 64
-      llama-export engine llama-3.2-1b --for sm89 --trust engine.plan
     """
     from llama_export.engines import adopt_engine
 
@@ -225,7 +230,11 @@ def engine(
     _build_engines(bundle, wanted, quiet=quiet)
 
 
-@main.command()
+@main.command(
+    epilog=_examples(
+        "llama-export verify llama-3.2-1b --model ~/models/Llama-3.2-1B-Instruct",
+    )
+)
 @click.argument("bundle", type=click.Path(path_type=Path), default=Path("bundle"))
 @click.option(
     "--model",
@@ -237,16 +246,12 @@ def engine(
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def verify(bundle: Path, model: Path | None, *, random_seed: int | None, quiet: bool) -> None:
-    r"""Check BUNDLE's files, and its graph against the model it was built from.
+    """Check BUNDLE's files, and its graph against the model it was built from.
 
     Every file is hashed, and the real runtime runs a ragged batch whose logits are compared with
     those of the decoder in PyTorch. Of a bundle for cuda, the structure of the graph is checked and
     logits of the stored weights are compared with those of the model's. The exit status is 1 if
     they differ.
-
-    \b
-    Example:
-      llama-export verify llama-3.2-1b --model ~/models/Llama-3.2-1B-Instruct
     """
     _require_export_extra()
     from llama_export.build import verify_bundle
@@ -261,16 +266,16 @@ def verify(bundle: Path, model: Path | None, *, random_seed: int | None, quiet: 
         raise SystemExit(1)
 
 
-@main.command()
+@main.command(
+    epilog=_examples(
+        "llama-export inspect ~/models/Llama-3.2-1B-Instruct",
+    )
+)
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 def inspect(model: Path | None) -> None:
-    r"""Show what MODEL is, and whether it can be built, without building it.
+    """Show what MODEL is, and whether it can be built, without building it.
 
     For a bundle, use llama-run inspect.
-
-    \b
-    Example:
-      llama-export inspect ~/models/Llama-3.2-1B-Instruct
     """
     _require_export_extra()
     from llama_export.inspect_model import describe_model

@@ -40,11 +40,15 @@ def test_inspect_shows_the_model(tiny_model: Path) -> None:
     assert "<unk>" not in out
 
 
-@pytest.mark.parametrize("command", [[], ["build"], ["verify"], ["inspect"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["build"], ["verify"], ["engine"], ["inspect"]], ids=str)
 def test_help_reads(command: list[str]) -> None:
     code, out, _ = run(*command, "--help")
     assert code == 0
     assert "Usage:" in out
+    assert "\\b" not in out
+    examples = out.partition("Examples:\n")[2].strip("\n").splitlines()
+    assert bool(examples) == bool(command)
+    assert all(line.startswith(f"    llama-export {command[0]} ") for line in examples)
 
 
 def test_version_says_caravan() -> None:
