@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from llama_runtime.sequence import Sequence
 
 Int32s = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]
+Shapes = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 ALIGNMENT = 16  # bytes, of each array
 
@@ -46,8 +47,48 @@ ROW = np.dtype(
 MAX_INVERSE_TEMPERATURE = np.finfo(np.float32).max  # times a distance of 0 it must stay 0
 
 
+class StepArrays:
+    """Where the arrays of a step lie in one piece of memory, for those who say which there are.
+
+    ``given`` stands for ``input_ids``: a token id, or -1 - slot for the newest token of a slot,
+    which only the device knows. ``rows`` says how each row of logits is sampled.
+    """
+
+    alignment: ClassVar[int] = ALIGNMENT
+
+    @property
+    def shapes(self) -> Shapes:
+        """Type and shape of each array, by the contract's names, in the order they lie in."""
+        raise NotImplementedError
+
+    @cached_property
+    def arrays(self) -> dict[str, tuple[int, np.dtype[Any], tuple[int, ...]]]:
+        """Offset in bytes, type and shape of each array, by name."""
+        places, offset = {}, 0
+        for name, (dtype, shape) in self.shapes.items():
+            places[name] = (offset, dtype, shape)
+            size = dtype.itemsize * int(np.prod(shape))
+            offset += -(-size // self.alignment) * self.alignment
+        return places
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays together."""
+        *_, (offset, dtype, shape) = self.arrays.values()
+        return offset + dtype.itemsize * int(np.prod(shape))
+
+    def views(self, memory: Bytes) -> dict[str, npt.NDArray[Any]]:
+        """The arrays in a piece of memory, by name."""
+        return {
+            name: memory[offset : offset + dtype.itemsize * int(np.prod(shape))]
+            .view(dtype)
+            .reshape(shape)
+            for name, (offset, dtype, shape) in self.arrays.items()
+        }
+
+
 @dataclass(frozen=True)
-class Layout:
+class Layout(StepArrays):
     """Sizes of a step and the places of its arrays.
 
     Attributes:
@@ -62,14 +103,10 @@ class Layout:
     num_logits: int
     num_columns: int
 
-    @cached_property
-    def arrays(self) -> dict[str, tuple[int, np.dtype[Any], tuple[int, ...]]]:
-        """Offset in bytes, type and shape of each array, by the contract's names.
-
-        ``given`` stands for ``input_ids``: a token id, or -1 - slot for the newest token of a slot,
-        which only the device knows. ``rows`` says how each row of logits is sampled.
-        """
-        shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+    @property
+    def shapes(self) -> Shapes:
+        """See ``StepArrays.shapes``."""
+        return {
             "logits_rows": (np.dtype("i8"), (self.num_logits,)),
             "rows": (ROW, (self.num_logits,)),
             "cumulative_sequence_length": (np.dtype("i4"), (self.num_rows + 1,)),
@@ -77,27 +114,6 @@ class Layout:
             "given": (np.dtype("i4"), (self.num_tokens,)),
             "slot_mapping": (np.dtype("i4"), (self.num_tokens,)),
             "block_table": (np.dtype("i4"), (self.num_rows, self.num_columns)),
-        }
-        places, offset = {}, 0
-        for name, (dtype, shape) in shapes.items():
-            places[name] = (offset, dtype, shape)
-            size = dtype.itemsize * int(np.prod(shape))
-            offset += -(-size // ALIGNMENT) * ALIGNMENT
-        return places
-
-    @cached_property
-    def num_bytes(self) -> int:
-        """Bytes of all arrays together."""
-        offset, dtype, shape = self.arrays["block_table"]
-        return offset + dtype.itemsize * int(np.prod(shape))
-
-    def views(self, memory: Bytes) -> dict[str, npt.NDArray[Any]]:
-        """The arrays in a piece of memory, by name."""
-        return {
-            name: memory[offset : offset + dtype.itemsize * int(np.prod(shape))]
-            .view(dtype)
-            .reshape(shape)
-            for name, (offset, dtype, shape) in self.arrays.items()
         }
 
 

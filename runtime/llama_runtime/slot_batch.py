@@ -9,14 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from llama_runtime.errors import BackendError
-from llama_runtime.paged_batch import ROW, Bytes, given_tokens, row_buckets, row_of
+from llama_runtime.paged_batch import (
+    ROW,
+    Bytes,
+    Shapes,
+    StepArrays,
+    given_tokens,
+    row_buckets,
+    row_of,
+)
 from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence
 
@@ -24,7 +31,7 @@ ALIGNMENT = 256  # bytes, of every address that TensorRT is given
 
 
 @dataclass(frozen=True)
-class SlotLayout:
+class SlotLayout(StepArrays):
     """Sizes of a step and the places of its arrays.
 
     Attributes:
@@ -32,6 +39,8 @@ class SlotLayout:
         num_columns: S.
         num_logits: R.
     """
+
+    alignment: ClassVar[int] = ALIGNMENT
 
     num_rows: int
     num_columns: int
@@ -42,41 +51,16 @@ class SlotLayout:
         """N: no row is narrower than the step."""
         return self.num_rows * self.num_columns
 
-    @cached_property
-    def arrays(self) -> dict[str, tuple[int, np.dtype[Any], tuple[int, ...]]]:
-        """Offset in bytes, type and shape of each array, by the contract's names.
-
-        ``given`` stands for ``input_ids``: a token id, or -1 - slot for the newest token of a slot,
-        which only the device knows. ``rows`` says how each row of logits is sampled.
-        """
-        shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+    @property
+    def shapes(self) -> Shapes:
+        """See ``StepArrays.shapes``."""
+        return {
             "logits_rows": (np.dtype("i8"), (self.num_logits,)),
             "rows": (ROW, (self.num_logits,)),
             "unpack": (np.dtype("i8"), (self.num_rows, self.num_columns)),
             "pack": (np.dtype("i8"), (self.num_tokens,)),
             "past_lengths": (np.dtype("i8"), (self.num_rows,)),
             "given": (np.dtype("i4"), (self.num_tokens,)),
-        }
-        places, offset = {}, 0
-        for name, (dtype, shape) in shapes.items():
-            places[name] = (offset, dtype, shape)
-            size = dtype.itemsize * int(np.prod(shape))
-            offset += -(-size // ALIGNMENT) * ALIGNMENT
-        return places
-
-    @cached_property
-    def num_bytes(self) -> int:
-        """Bytes of all arrays together."""
-        offset, dtype, shape = self.arrays["given"]
-        return offset + dtype.itemsize * int(np.prod(shape))
-
-    def views(self, memory: Bytes) -> dict[str, npt.NDArray[Any]]:
-        """The arrays in a piece of memory, by name."""
-        return {
-            name: memory[offset : offset + dtype.itemsize * int(np.prod(shape))]
-            .view(dtype)
-            .reshape(shape)
-            for name, (offset, dtype, shape) in self.arrays.items()
         }
 
 
