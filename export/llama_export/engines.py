@@ -10,8 +10,8 @@ from llama_export.stages import Stages
 from llama_runtime.backends.cuda_device import Device
 from llama_runtime.bundle import Bundle, open_bundle
 from llama_runtime.errors import CaravanError, RequestError
-from llama_runtime.loading import DEFAULT_MAX_BATCH, DEFAULT_MAX_LEN, in_range
 from llama_runtime.memory_plan import MAX_BATCH, MIN_LEN
+from llama_runtime.settings import DEFAULT_MAX_BATCH, DEFAULT_MAX_LEN, in_range
 from llama_runtime.tensorrt.engine_cache import sign_off
 from llama_runtime.tensorrt.library import CURRENT, Library, import_tensorrt, parse_targets
 from llama_runtime.tensorrt.limits import EngineLimits

@@ -162,6 +162,14 @@ class ComparedBackend:
         """See ``Backend.clean``; the decoder's cache is only read up to what was written."""
         self._backend.clean(slot, num_tokens)
 
+    def save_block(self, slot: int, start: int, block: int) -> None:
+        """See ``Backend.save_block``."""
+        self._backend.save_block(slot, start, block)
+
+    def load_block(self, slot: int, start: int, block: int) -> None:
+        """See ``Backend.load_block``."""
+        self._backend.load_block(slot, start, block)
+
     def close(self) -> None:
         """See ``Backend.close``."""
         self._backend.close()

@@ -17,16 +17,18 @@ if TYPE_CHECKING:
     from llama_runtime.async_stream import AsyncStream
     from llama_runtime.bundle import open_bundle
     from llama_runtime.completion import Completion, Request
-    from llama_runtime.engine import Engine, TokenEvent
+    from llama_runtime.engine import Engine
     from llama_runtime.errors import (
         BackendError,
         BundleError,
         CapacityError,
         CaravanError,
+        DeadlineError,
         DependencyError,
         QueueFullError,
         RequestError,
     )
+    from llama_runtime.events import BatchDecision, TokenEvent
     from llama_runtime.llm import LLM
     from llama_runtime.memory_plan import MemoryPlan
     from llama_runtime.params import SamplingParams
@@ -40,10 +42,12 @@ __all__ = [
     "AsyncLLM",
     "AsyncStream",
     "BackendError",
+    "BatchDecision",
     "BundleError",
     "CapacityError",
     "CaravanError",
     "Completion",
+    "DeadlineError",
     "DependencyError",
     "Engine",
     "MemoryPlan",
@@ -62,11 +66,13 @@ _MODULES = {
     "LLM": "llm",
     "AsyncLLM": "async_llm",
     "AsyncStream": "async_stream",
+    "BatchDecision": "events",
     "BackendError": "errors",
     "BundleError": "errors",
     "CapacityError": "errors",
     "CaravanError": "errors",
     "Completion": "completion",
+    "DeadlineError": "errors",
     "DependencyError": "errors",
     "Engine": "engine",
     "MemoryPlan": "memory_plan",
@@ -75,7 +81,7 @@ _MODULES = {
     "RequestError": "errors",
     "SamplingParams": "params",
     "Stats": "shared_engine",
-    "TokenEvent": "engine",
+    "TokenEvent": "events",
     "TokenLogprob": "sequence",
     "open_bundle": "bundle",
 }

@@ -12,8 +12,8 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from llama_runtime.engine import TokenEvent
 from llama_runtime.errors import BackendError, CaravanError, QueueFullError
+from llama_runtime.events import Counters, TokenEvent
 from llama_runtime.sequence import Sequence
 from llama_runtime.shared_engine import Stats
 
@@ -46,6 +46,8 @@ class Ticket:
         sequences: what it runs.
         waiting: how many of its sequences have no slot yet.
         num_tokens: prompt tokens of each.
+        caller: the call that it belongs to; its own self if it is one.
+        streamed: whether somebody reads its tokens as they come.
     """
 
     deliver: Deliver
@@ -53,6 +55,8 @@ class Ticket:
     sequences: tuple[Sequence, ...] = ()
     waiting: int = 0
     num_tokens: int = 0
+    caller: Ticket | None = None
+    streamed: bool = False
 
     def tell(self, message: Message) -> bool:
         """Deliver a message; False if nobody listens."""
@@ -87,7 +91,9 @@ class Admission:
         self._requests = self._tokens = 0  # what waits
         self._stats = Stats()
 
-    def open(self, deliver: Deliver, within: Ticket | None, *, waits: bool) -> Ticket:
+    def open(
+        self, deliver: Deliver, within: Ticket | None, *, waits: bool, streamed: bool = False
+    ) -> Ticket:
         """A ticket for one request more; see ``Worker.admit`` and ``Worker.hold``."""
         with self._lock:
             if self.closed:
@@ -98,7 +104,7 @@ class Admission:
                 raise CaravanError("the LLM is draining: it takes no new requests")
             if waits:
                 self._check_room(self._requests)
-            ticket = Ticket(deliver)
+            ticket = Ticket(deliver, caller=within, streamed=streamed)
             self._change(ticket, int(waits), 0)
             self._tickets.add(ticket)
         return ticket
@@ -162,6 +168,7 @@ class Admission:
         self,
         *,
         running: int,
+        counters: Counters | None = None,
         started: list[Ticket] | None = None,
         prompt_tokens: int = 0,
         completion_tokens: int = 0,
@@ -171,6 +178,7 @@ class Admission:
 
         Args:
             running: sequences that hold a slot now.
+            counters: the engine's own, if they may have changed.
             started: for each sequence that waits no longer, its ticket.
             prompt_tokens: of prompts that were accepted.
             completion_tokens: that were generated.
@@ -181,6 +189,8 @@ class Admission:
                 if not ticket.ended:
                     self._change(ticket, ticket.waiting - 1, ticket.num_tokens)
             self._stats.running = 0 if self.failure is not None else running
+            if counters is not None:
+                self._stats.learn(counters)
             self._stats.prompt_tokens += prompt_tokens
             self._stats.completion_tokens += completion_tokens
             self._stats.finished += finished

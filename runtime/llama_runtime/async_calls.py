@@ -13,8 +13,8 @@ from typing import Generic, TypeVar
 
 from llama_runtime.admission import Accepted, Message, Ticket
 from llama_runtime.completion import Completion
-from llama_runtime.engine import TokenEvent
 from llama_runtime.errors import CaravanError, QueueFullError, RequestError
+from llama_runtime.events import TokenEvent
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import Sequence
 from llama_runtime.worker import Worker

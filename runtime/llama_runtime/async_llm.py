@@ -25,9 +25,10 @@ from llama_runtime.async_calls import Call, Deadline, Item, Source, settled
 from llama_runtime.async_stream import AsyncStream
 from llama_runtime.completion import Completion, Prompt
 from llama_runtime.errors import RequestError
-from llama_runtime.loading import in_range, load
+from llama_runtime.loading import load
 from llama_runtime.params import SamplingParams
 from llama_runtime.prompt_encoder import PromptEncoder
+from llama_runtime.settings import Settings, in_range
 from llama_runtime.shared_engine import Stats
 from llama_runtime.worker import Worker
 
@@ -43,12 +44,21 @@ class AsyncLLM:
     Args:
         bundle: the directory that ``llama-export build`` wrote, or its text side where that is
             open already.
-        max_batch: sequences that run at once; None takes 32, and 128 on CUDA.
+        max_batch: sequences that run at once; None takes 32, and 128 on CUDA. With "auto" there are
+            slots for up to 128, and 256 on CUDA, as memory allows, and how many of them are used
+            follows from what steps are seen to take: ``stats().batch_limit``. The attribute
+            ``max_batch`` is the number of slots. TensorRT has no "auto".
         max_len: the most tokens of one sequence, prompt and completion; None takes the model's
             limit, at most 4,096 and no more than fits into memory.
         threads: threads of the kernels on the CPU; None takes the processors this process may use.
         devices: numbers of the CUDA devices that a bundle built for CUDA runs on, an engine on each
             with ``max_batch`` sequences and one queue for all; None takes device 0.
+        prefix_tokens: tokens of prompts that are kept, so that prompts which begin alike needn't
+            compute them again; 0 keeps none. None keeps 4,096, or what fits into memory. On CUDA
+            it is None, for as many as the cache has room for, or 0; with TensorRT none are kept.
+        stream_budget: prompt tokens that a step may hold while somebody reads a stream: fewer keep
+            the gaps between its tokens small, more answer prompts sooner. It is never less than
+            twice as many as sequences run. None takes 33, and 512 on CUDA; TensorRT has none.
         verify: how the bundle's files are checked; see ``open_bundle``.
         max_queued_requests: so many requests may wait for a slot; one more is refused at once.
         max_queued_tokens: with so many prompt tokens waiting, no more requests are taken.
@@ -65,10 +75,12 @@ class AsyncLLM:
         self,
         bundle: str | os.PathLike[str] | PromptEncoder = "bundle",
         *,
-        max_batch: int | None = None,
+        max_batch: int | Literal["auto"] | None = None,
         max_len: int | None = None,
         threads: int | None = None,
         devices: Seq[int] | None = None,
+        prefix_tokens: int | None = None,
+        stream_budget: int | None = None,
         verify: Literal["full", "size"] | None = None,
         max_queued_requests: int = 1024,
         max_queued_tokens: int = 1_000_000,
@@ -77,10 +89,14 @@ class AsyncLLM:
         in_range("max_queued_tokens", max_queued_tokens, MAX_QUEUED_TOKENS)
         loaded = load(
             bundle,
-            max_batch=max_batch,
-            max_len=max_len,
-            threads=threads,
-            devices=devices,
+            Settings(
+                max_batch=max_batch,
+                max_len=max_len,
+                threads=threads,
+                devices=devices,
+                prefix_tokens=prefix_tokens,
+                stream_budget=stream_budget,
+            ),
             verify=verify,
         )
         self._encoder = loaded.encoder
@@ -101,10 +117,12 @@ class AsyncLLM:
         cls,
         bundle: str | os.PathLike[str] | PromptEncoder = "bundle",
         *,
-        max_batch: int | None = None,
+        max_batch: int | Literal["auto"] | None = None,
         max_len: int | None = None,
         threads: int | None = None,
         devices: Seq[int] | None = None,
+        prefix_tokens: int | None = None,
+        stream_budget: int | None = None,
         verify: Literal["full", "size"] | None = None,
         max_queued_requests: int = 1024,
         max_queued_tokens: int = 1_000_000,
@@ -117,6 +135,8 @@ class AsyncLLM:
             max_len=max_len,
             threads=threads,
             devices=devices,
+            prefix_tokens=prefix_tokens,
+            stream_budget=stream_budget,
             verify=verify,
             max_queued_requests=max_queued_requests,
             max_queued_tokens=max_queued_tokens,

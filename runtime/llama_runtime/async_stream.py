@@ -8,7 +8,7 @@ from types import TracebackType
 
 from llama_runtime.admission import Accepted, Ticket
 from llama_runtime.async_calls import Deadline, Mailbox, Source, call_soon, encoded
-from llama_runtime.engine import TokenEvent
+from llama_runtime.events import TokenEvent
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import Sequence, TokenLogprob
 from llama_runtime.worker import Worker
@@ -83,7 +83,7 @@ class AsyncStream:
             return
         self._mailbox = Mailbox()
         try:
-            self._ticket = self._worker.admit(partial(self._mailbox.post, 0))
+            self._ticket = self._worker.admit(partial(self._mailbox.post, 0), streamed=True)
             async with self._deadline.kept():
                 token_ids = await encoded(self._source)
             self._source = []

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -20,6 +20,7 @@ from llama_runtime.cli_options import (
     generation_options,
     given,
     max_batch_option,
+    prefix_tokens_option,
 )
 from llama_runtime.command_line import FAILED, Commands, print_out
 from llama_runtime.errors import CapacityError, RequestError
@@ -69,6 +70,7 @@ def cli() -> None:
     help="The most tokens of a prompt and its completion; a longer row fails.  [default: that of "
     "the longest row; for standard input what fits of the model's limit, at most 4096]",
 )
+@prefix_tokens_option
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
 def batch(
     file: str,
@@ -78,8 +80,9 @@ def batch(
     chat: bool | None,
     threads: int | None,
     devices: list[int] | None,
-    max_batch: int | None,
+    max_batch: int | Literal["auto"] | None,
     max_len: int | None,
+    prefix_tokens: int | None,
     quiet: bool,
     **sampling: Any,
 ) -> None:
@@ -115,6 +118,7 @@ def batch(
         max_len=max_len,
         threads=threads,
         devices=devices,
+        prefix_tokens=prefix_tokens,
     )
     mixed = results.path is None and sys.stdout.isatty()
     console = Console(sys.stderr, quiet=quiet, with_status=not mixed)
@@ -214,26 +218,34 @@ def inspect(bundle: Path, as_json: bool) -> None:
     help="The most tokens of a prompt and its completion.  [default: what fits of the model's "
     "limit, at most 4096]",
 )
+@prefix_tokens_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, sizes in bytes.")
 def plan(
     bundle: Path,
     devices: list[int] | None,
-    max_batch: int | None,
+    max_batch: int | Literal["auto"] | None,
     max_len: int | None,
+    prefix_tokens: int | None,
     as_json: bool,
 ) -> None:
     """Show whether a setting fits into memory, without loading the model.
 
-    The weights, the cache of --max-batch sequences of --max-len tokens and the workspace, against
-    what the machine or the container has left for this process; and the largest value of either
-    option that fits with the other.
+    The weights, the cache of --max-batch sequences of --max-len tokens, the prompts that are kept
+    and the workspace, against what the machine or the container has left for this process; and the
+    largest value of either of the first two options that fits with the other.
 
     Exit status: 0 it fits, 1 it doesn't, 2 wrong use.
     """
     from llama_runtime.llm import LLM
     from llama_runtime.memory_plan import describe
 
-    found = LLM.plan(bundle, max_batch=max_batch, max_len=max_len, devices=devices)
+    found = LLM.plan(
+        bundle,
+        max_batch=max_batch,
+        max_len=max_len,
+        devices=devices,
+        prefix_tokens=prefix_tokens,
+    )
     if as_json:
         print_out(json.dumps(found.to_dict(), indent=2) + "\n")
     else:

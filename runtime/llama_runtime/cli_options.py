@@ -34,6 +34,18 @@ class _Devices(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # olde
             self.fail(f"{value!r:.80} must be numbers such as 0 or 0,1", param, ctx)
 
 
+class _MaxBatch(click.IntRange):
+    """A whole number from 1 on, or "auto"."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if value == "auto":
+            return "auto"
+        try:
+            return int(super().convert(value, None, None))
+        except click.BadParameter:
+            self.fail(f"{value!r:.80} must be a number from 1 on, or auto", param, ctx)
+
+
 devices_option = click.option(
     "--devices",
     metavar="N,N",
@@ -44,9 +56,17 @@ devices_option = click.option(
 )
 max_batch_option = click.option(
     "--max-batch",
+    metavar="N|auto",
+    type=_MaxBatch(min=1),
+    help="Prompts that run at once, on each device; auto finds the number that is fastest, up to "
+    "128, and 256 on CUDA, as memory allows.  [default: 32; 128 on CUDA]",
+)
+prefix_tokens_option = click.option(
+    "--prefix-tokens",
     metavar="N",
-    type=click.IntRange(min=1),
-    help="Prompts that run at once, on each device.  [default: 32; 128 on CUDA]",
+    type=click.IntRange(min=0),
+    help="Tokens of prompts that are kept, so that prompts which begin alike needn't compute them "
+    "again; 0 turns it off.  [default: what fits, at most 4096; all of the cache on CUDA]",
 )
 
 _LENGTH = [
@@ -137,6 +157,13 @@ _SAMPLING = [
         help="Draw the same random numbers again.  [default: a fresh one]",
     ),
     click.option("-n", "n", metavar="N", type=int, help="Completions a prompt.  [default: 1]"),
+    click.option(
+        "--speculation",
+        type=click.Choice(["off", "on", "auto"]),
+        help="Guess tokens from what the text holds already and verify several in a step, which is "
+        "faster where it repeats itself, as in edits; auto does so on the CPU without a seed.  "
+        "[default: off]",
+    ),
 ]
 _SCORES = [
     click.option(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from llama_runtime.engine import TokenEvent
 from llama_runtime.errors import CaravanError
+from llama_runtime.events import TokenEvent
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import FinishReason, Sequence, TokenLogprob
 

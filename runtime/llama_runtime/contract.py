@@ -126,7 +126,7 @@ SLOTS = Dialect(
             "total_sequence_length",
             "int32",
             (),
-            "the largest count of cached tokens after this step",
+            "the largest count of cached tokens after this step, and S at least",
         ),
     ),
     cache_axes=("B", "K", "C", "D"),
@@ -191,6 +191,8 @@ MAX_CHUNK = 512  # the RoPE table reaches this far past the model's longest sequ
 
 PROMPT_CHUNK = 128  # the most prompt tokens of one sequence in a step: longer ones stall streams
 MAX_CELLS = 1024  # the most cells of a step of prompts, [B, S], which attention holds at once
+MAX_DRAFT = 8  # the most tokens that are guessed of one sequence and verified in one step
+MAX_VERIFIED = 128  # the most rows of logits of a step that verifies, unless there are more slots
 
 
 def last_chunk_start(num_prompt_tokens: int) -> int:
@@ -206,14 +208,18 @@ def cache_capacity(max_len: int, max_chunk: int) -> int:
     """C for sequences of up to ``max_len`` tokens when chunks are up to ``max_chunk`` wide.
 
     A chunk is padded to the widest of its step, and the padded cells too must lie in the buffer;
-    the furthest begin at a last chunk.
+    the furthest begin at a last chunk, or at the last but one token where a step verifies.
     """
-    return max(max_len, last_chunk_start(max_len - 1) + min(max_chunk, max_len - 1))
+    verified = max_len - 2 + 1 + MAX_DRAFT
+    return max(verified, last_chunk_start(max_len - 1) + min(max_chunk, max_len - 1))
 
 
 def max_logits_rows(num_slots: int) -> int:
-    """The most rows of logits of one step: one a slot, or all of a last chunk that is scored."""
-    return max(num_slots, MIN_CHUNK)
+    """The most rows of logits of one step: one a slot, or those of a step that verifies.
+
+    That is more than a last chunk has, all of whose rows may be scored.
+    """
+    return max(num_slots, MAX_VERIFIED)
 
 
 # The sampler: a graph of its own, fed with rows of the decoder's logits where they lie. Rows come

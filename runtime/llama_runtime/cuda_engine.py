@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llama_runtime.backends.cuda_device import Device
 from llama_runtime.backends.ort_cuda import OrtCuda
+from llama_runtime.batch_sizer import BatchSizer
 from llama_runtime.contract import DType, Geometry
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
@@ -28,8 +29,10 @@ def cuda_engine(
     num_blocks: int,
     block_size: int,
     prompt_budget: int,
+    stream_budget: int | None = None,
     share_prefixes: bool = True,
     ids: Iterator[int] | None = None,
+    batch_sizer: BatchSizer | None = None,
 ) -> Engine:
     """Make an engine.
 
@@ -46,8 +49,10 @@ def cuda_engine(
         num_blocks: of the cache, which hold ``max_len`` tokens at least.
         block_size: tokens of one block.
         prompt_budget: the most prompt tokens of one step, of one sequence or of several.
+        stream_budget: see ``Scheduler``.
         share_prefixes: whether prompts that begin alike share blocks.
         ids: see ``Engine``.
+        batch_sizer: see ``Engine``.
 
     Raises:
         DependencyError: onnxruntime has no CUDA provider.
@@ -74,6 +79,7 @@ def cuda_engine(
         cache,
         prompt_budget=prompt_budget,
         max_chunk=prompt_budget,
+        stream_budget=stream_budget,
         cut=any_chunk,
         max_cells=None,
     )
@@ -85,4 +91,5 @@ def cuda_engine(
         vocab_size=geometry.vocab_size,
         max_len=max_len,
         ids=ids,
+        batch_sizer=batch_sizer,
     )

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from itertools import count
 
 from llama_runtime.backends.cuda_device import Device
+from llama_runtime.batch_sizer import BatchSizer
 from llama_runtime.bundle import Bundle
 from llama_runtime.contract import CACHE_ITEM_BYTES, PAGED, DType
 from llama_runtime.cuda_engine import cuda_engine
@@ -20,6 +21,7 @@ from llama_runtime.machine import Memory
 from llama_runtime.memory_plan import weight_bytes
 
 CUDA_MAX_BATCH = 128  # unless told
+CUDA_AUTO_MAX_BATCH = 256  # if the size is to be found
 PROMPT_BUDGET = 2048  # prompt tokens of one step
 _DTYPES: dict[str, tuple[DType, DType]] = {  # of activations, and of keys and values
     "fp16": ("float16", "float16"),
@@ -83,8 +85,15 @@ def cuda_engines(
     plan: CudaPlan,
     token_bytes: TokenBytes,
     eos_token_ids: Collection[int],
+    *,
+    share_prefixes: bool = True,
+    stream_budget: int | None = None,
+    find_batch: bool = False,
 ) -> Engine | EngineGroup:
     """An engine on each device, which it owns from now on; several behind one queue.
+
+    With ``share_prefixes`` false no prompt is spared what another one computed. With ``find_batch``
+    each finds by itself how many of its slots to use.
 
     Raises:
         BundleError: the graph is of a precision that this version doesn't know.
@@ -110,7 +119,10 @@ def cuda_engines(
                 num_blocks=plan.num_blocks,
                 block_size=plan.block_size,
                 prompt_budget=plan.prompt_budget,
+                share_prefixes=share_prefixes,
+                stream_budget=stream_budget,
                 ids=ids,
+                batch_sizer=BatchSizer(plan.max_batch) if find_batch else None,
             )
             engines.append(engine)
     except BaseException:

@@ -6,45 +6,27 @@ time. ``LLM`` is the comfortable way in.
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import suppress
-from itertools import count
+from dataclasses import replace
+from itertools import count, islice
+from math import inf
 from operator import attrgetter
 from typing import NamedTuple
 
 from llama_runtime.backends.base import Launched, Runner
+from llama_runtime.batch_sizer import BatchSizer
 from llama_runtime.detokenizer import TokenBytes
-from llama_runtime.errors import BackendError, CaravanError
+from llama_runtime.errors import BackendError, CaravanError, backend_error
+from llama_runtime.events import Counters, TokenEvent
+from llama_runtime.growth import grow, late_error, rest_of_text
 from llama_runtime.new_sequence import new_sequence
 from llama_runtime.params import SamplingParams
 from llama_runtime.sampling import NOT_FINITE
 from llama_runtime.scheduler import Chunk, Scheduler
 from llama_runtime.sequence import FinishReason, Sequence, TokenLogprob
-from llama_runtime.stopping import finish_reason, reached_min_tokens
-
-
-class TokenEvent(NamedTuple):
-    """What one step did to one sequence.
-
-    Attributes:
-        sequence_id: as ``Engine.add`` returned it.
-        token_id: the new token, or None if the sequence ended without one.
-        text: the text that became complete; the texts of all events are the completion.
-        finish_reason: why the sequence ended, or None if it goes on.
-        error: what went wrong, if ``finish_reason`` is "error".
-        logprob: how likely the model found the token, if ``logprobs`` asks for it.
-        sample: which of the ``n`` completions of a request this is of, from 0.
-    """
-
-    sequence_id: int
-    token_id: int | None
-    text: str
-    finish_reason: FinishReason | None = None
-    error: CaravanError | None = None
-    logprob: TokenLogprob | None = None
-    sample: int = 0
 
 
 class Engine:
@@ -58,10 +40,13 @@ class Engine:
         vocab_size: V; ids beyond it are refused.
         max_len: the most tokens of one sequence, prompt and completion.
         ids: numbers for sequences; several engines that share it never give out one twice.
+        batch_sizer: says how many sequences run at once; None for as many as there are slots.
+        clock: seconds since some time, for deadlines and for who has waited how long.
 
     Attributes:
         failure: why it has stopped, or None.
         num_failed_steps: forwards that failed, whoever was at fault.
+        crowded: whether sequences wait for a slot somewhere else; see ``EngineGroup``.
     """
 
     def __init__(
@@ -74,10 +59,13 @@ class Engine:
         vocab_size: int,
         max_len: int,
         ids: Iterator[int] | None = None,
+        batch_sizer: BatchSizer | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_len = max_len
         self.failure: BackendError | None = None
         self.num_failed_steps = 0
+        self.crowded = False
         self.closed = False
         self._runner = runner
         self._scheduler = scheduler
@@ -91,6 +79,12 @@ class Engine:
         self._events: list[TokenEvent] = []  # untold, until a step ends or after an interrupt
         self._doubtful = False  # whether the last forward failed, and one sequence got the blame
         self._ids = count() if ids is None else ids
+        self._counters = Counters()
+        self._batch_sizer = batch_sizer
+        self._clock = clock
+        self._collected = -inf  # when the last step was
+        if batch_sizer is not None:
+            scheduler.limit = batch_sizer.limit
 
     @property
     def has_work(self) -> bool:
@@ -116,22 +110,44 @@ class Engine:
     @property
     def has_room(self) -> bool:
         """Whether a sequence that is added now would run in the next step, memory allowing."""
-        return not self._scheduler.waiting and self._cache.num_free > 0
+        return self._scheduler.has_room
 
     @property
     def ready(self) -> bool:
         """Whether ``collect`` would not wait."""
         return not self._in_flight or self._in_flight[0].launched.ready
 
+    def counters(self) -> Counters:
+        """A copy of the counters."""
+        sizer = self._batch_sizer
+        return replace(
+            self._counters,
+            reused_tokens=self._cache.num_reused_tokens,
+            prefix_hits=self._cache.num_prefix_hits,
+            batch_limit=self._scheduler.limit,
+            batch_decisions=tuple(sizer.decisions) if sizer is not None else (),
+        )
+
     def add(
-        self, prompt_token_ids: Seq[int], params: SamplingParams, *, sample: int = 0
+        self,
+        prompt_token_ids: Seq[int],
+        params: SamplingParams,
+        *,
+        sample: int = 0,
+        seed: int | None = None,
+        caller: Hashable = None,
+        streamed: bool = False,
     ) -> Sequence:
         """Queue a prompt; ``prepare`` and ``enqueue`` in one.
 
         Args:
             prompt_token_ids: at least one token.
-            params: how to continue it. A ``seed`` of None draws a fresh one.
+            params: how to continue it.
             sample: which of its ``n`` completions this is; each is added by itself.
+            seed: its random stream where ``params`` name none; None draws a fresh one.
+            caller: whose it is where ``params`` don't say; see ``WaitingQueue``.
+            streamed: whether somebody reads its tokens as they come: then steps of prompts are
+                short while it runs.
 
         Returns:
             The sequence; its ``id`` is that of the events, its ``seed`` the one in use.
@@ -142,19 +158,28 @@ class Engine:
             BackendError: an earlier step failed and the engine has stopped.
             CaravanError: the engine is closed.
         """
-        seq = self.prepare(prompt_token_ids, params, sample=sample)
+        seq = self.prepare(
+            prompt_token_ids, params, sample=sample, seed=seed, caller=caller, streamed=streamed
+        )
         self.enqueue(seq)
         return seq
 
     def prepare(
-        self, prompt_token_ids: Seq[int], params: SamplingParams, *, sample: int = 0
+        self,
+        prompt_token_ids: Seq[int],
+        params: SamplingParams,
+        *,
+        sample: int = 0,
+        seed: int | None = None,
+        caller: Hashable = None,
+        streamed: bool = False,
     ) -> Sequence:
         """The sequence of a prompt, checked and not yet queued; see ``add``."""
         if self.failure is not None:
             raise BackendError(f"the engine has stopped: {self.failure}") from self.failure
         if self.closed:
             raise CaravanError("the engine is closed")
-        return new_sequence(
+        seq = new_sequence(
             prompt_token_ids,
             params,
             sample,
@@ -162,7 +187,15 @@ class Engine:
             token_bytes=self._token_bytes,
             vocab_size=self._vocab_size,
             max_len=self.max_len,
+            seed=seed,
+            verifies=self._runner.verifies,
         )
+        seq.caller = caller if params.caller is None else ("named", params.caller)
+        seq.streamed = streamed
+        seq.arrived = self._clock()
+        if params.deadline is not None:
+            seq.deadline = seq.arrived + params.deadline
+        return seq
 
     def enqueue(self, seq: Sequence) -> None:
         """Queue a sequence of ``prepare``, of this engine or of one like it."""
@@ -177,12 +210,11 @@ class Engine:
         if not self.has_room or not self._cache.fits(seq):
             return False
         self._sequences[seq.id] = seq
-        self._cache.allocate(seq)
-        self._scheduler.running.append(seq)
+        self._scheduler.start(seq, self._clock())
         return True
 
     def step(self) -> list[TokenEvent]:
-        """Run one forward; one event for each sequence that got a token or ended.
+        """Run one forward; an event for each token, or for the end of a sequence without one.
 
         Where the runner overlaps, a forward is launched and the events are those of the one before
         it, so the first call may give none.
@@ -201,10 +233,12 @@ class Engine:
             Whether it is time to collect; not if the only forward in flight has just begun, behind
             which the next one should be queued first.
         """
+        now = self._clock()
+        self._end_late(now)
         due = bool(self._in_flight or self._events) or not self._runner.overlaps
         if self._refused is not None or len(self._in_flight) > self._runner.overlaps:
             return True
-        chunks = self._scheduler.schedule()
+        chunks = self._scheduler.schedule(now)
         chunks.sort(key=attrgetter("seq.kind"))
         if chunks:
             try:
@@ -223,7 +257,7 @@ class Engine:
                 (chunks, refusal), self._refused = self._refused, None
                 self._isolate(chunks, refusal)
         except Exception as error:
-            self.failure = _backend_error(error)
+            self.failure = backend_error(error)
         if self.failure is not None:
             self._fail(self.failure)
         events, self._events = self._events, []
@@ -263,14 +297,13 @@ class Engine:
 
     def _launch(self, chunks: Seq[Chunk]) -> None:
         """Begin one forward; nothing has changed but the cache if it raises."""
+        started = self._clock()
         launched = self._runner.launch(chunks)
-        sampled = [chunk.seq for chunk in chunks if chunk.samples]
-        self._in_flight.append(_InFlight(launched, chunks, sampled, []))
-        for seq in sampled:
-            seq.num_pending += 1
+        self._in_flight.append(_InFlight(launched, chunks, [], started))
         for chunk in chunks:
             seq = chunk.seq
-            seq.cache_len += chunk.num_tokens
+            seq.num_pending += chunk.samples
+            seq.cache_len += chunk.num_tokens - len(chunk.draft)
             if seq.cache_len <= seq.num_prompt_tokens:
                 self._cache.computed(seq)
 
@@ -286,15 +319,18 @@ class Engine:
         if outcome.prompt_logprobs:
             for chunk, scored in zip(step.chunks, outcome.prompt_logprobs, strict=True):
                 chunk.seq.prompt_logprobs += scored
-        rows = zip(step.sampled, outcome.token_ids, outcome.logprobs, strict=True)
-        for seq, token_id, logprob in rows:
-            seq.num_pending -= 1
-            if seq.finish_reason is None:
-                self._events.append(self._commit(seq, token_id, logprob))
-            elif token_id == NOT_FINITE:
-                self._clean(seq)
+        rows = zip(outcome.token_ids, outcome.logprobs, strict=True)
+        num_events = len(self._events)
+        for chunk in step.chunks:
+            of_chunk = list(islice(rows, chunk.num_sampled))
+            chunk.seq.num_pending -= chunk.samples
+            if of_chunk and chunk.seq.finish_reason is None:
+                self._commit(chunk, of_chunk)
+            elif any(token_id == NOT_FINITE for token_id, _ in of_chunk):
+                self._clean(chunk.seq)
         for seq in step.leaving:
             self._cache.free(seq)
+        self._look_at_speed(step, len(self._events) - num_events)
 
     def _isolate(self, chunks: Seq[Chunk], error: Exception) -> None:
         """Find whose fault it was: what a chunk writes into the cache is the same again.
@@ -314,38 +350,45 @@ class Engine:
                 self._collect()  # which raises where nothing can be trusted any more
         none_runs = 0 < len(failed) == len(left)
         if none_runs and (self._doubtful or len(left) > 1):
-            self.failure = _backend_error(error)
+            self.failure = backend_error(error)
             return
         self._doubtful = none_runs
-        self._events += [self._end_in_error(chunk.seq, _backend_error(e)) for chunk, e in failed]
+        self._events += [self._end_in_error(chunk.seq, backend_error(e)) for chunk, e in failed]
 
-    def _commit(self, seq: Sequence, token_id: int, logprob: TokenLogprob | None) -> TokenEvent:
-        """Give a sequence its token; whatever goes wrong is its own affair."""
+    def _commit(self, chunk: Chunk, rows: Seq[tuple[int, TokenLogprob | None]]) -> None:
+        """Give a sequence its tokens: the first, and the next ones while the guesses were right.
+
+        Each row's token was drawn as if the guesses before it had been drawn, so it is the token
+        that would have been drawn after them, and stands if they do.
+        """
+        seq, num_right = chunk.seq, 0
+        for i, (token_id, logprob) in enumerate(rows):
+            self._events.append(self._take(seq, token_id, logprob))
+            if i == len(chunk.draft) or token_id != chunk.draft[i]:
+                break
+            num_right += 1
+            if seq.finish_reason is not None:
+                break
+            seq.cache_len += 1  # the guess was right, so its keys and values are
+        if chunk.draft and seq.lookup is not None:
+            seq.lookup.learn(len(chunk.draft), num_right)
+            self._counters.drafted_tokens += len(chunk.draft)
+            self._counters.accepted_tokens += num_right
+
+    def _take(self, seq: Sequence, token_id: int, logprob: TokenLogprob | None) -> TokenEvent:
+        """Give a sequence a token; whatever goes wrong is its own affair."""
         if token_id == NOT_FINITE:
             error = BackendError("the model's logits were not finite numbers")
             return self._end_in_error(seq, error)
         try:
-            text, reason = self._grow(seq, token_id)
+            text, reason = grow(seq, token_id, self._eos_token_ids)
         except Exception as error:
-            return self._end_in_error(seq, _backend_error(error))
+            return self._end_in_error(seq, backend_error(error))
         if logprob is not None:
             seq.logprobs.append(logprob)
         if reason is not None:
             self._end(seq, reason)
         return TokenEvent(seq.id, token_id, text, reason, logprob=logprob, sample=seq.sample)
-
-    def _grow(self, seq: Sequence, token_id: int) -> tuple[str, FinishReason | None]:
-        """Append a token: the text that can be shown by now, and why the sequence ends, if so."""
-        seq.append(token_id)
-        reason = finish_reason(seq, self._eos_token_ids)
-        may_stop = reached_min_tokens(seq)
-        text = "" if reason == "stop" else seq.detokenizer.push(token_id)
-        text = seq.stop_texts.push(text, may_stop=may_stop)
-        if reason is not None and seq.stop_texts.found is None:
-            text += seq.stop_texts.push(seq.detokenizer.finish(), may_stop=may_stop)
-        if seq.stop_texts.found is not None:
-            return text, "stop"
-        return (text if reason is None else text + seq.stop_texts.finish()), reason
 
     def _end(self, seq: Sequence, reason: FinishReason) -> None:
         """Let a sequence run no more; what it holds is free when no forward of it is in flight."""
@@ -358,15 +401,23 @@ class Engine:
                 return
         self._scheduler.remove(seq)
 
+    def _end_late(self, now: float) -> None:
+        """End what has not ended by its deadline, wherever it is."""
+        running = (seq for seq in self._scheduler.running if seq.deadline is not None)
+        late = [seq for seq in running if seq.deadline is not None and seq.deadline <= now]
+        for seq in [*self._scheduler.waiting.late(now), *late]:
+            self._counters.late += 1
+            self._events.append(self._end_with(seq, late_error(seq)))
+
     def _end_in_error(self, seq: Sequence, error: BackendError) -> TokenEvent:
         """End a sequence whose part of the cache may hold anything."""
         self._clean(seq)
+        return self._end_with(seq, error)
+
+    def _end_with(self, seq: Sequence, error: CaravanError) -> TokenEvent:
+        """End a sequence with an error, after the text that it has got so far."""
         self._end(seq, "error")
-        text = ""
-        with suppress(Exception):  # what has just failed may fail again
-            text = seq.stop_texts.push(seq.detokenizer.finish(), may_stop=False)
-            text += seq.stop_texts.finish()
-        return TokenEvent(seq.id, None, text, "error", error, sample=seq.sample)
+        return TokenEvent(seq.id, None, rest_of_text(seq), "error", error, sample=seq.sample)
 
     def _clean(self, seq: Sequence) -> None:
         """Let nobody read what a sequence wrote."""
@@ -375,7 +426,7 @@ class Engine:
                 self._cache.forget(seq)
                 self._runner.clean(seq)
             except Exception as error:
-                self.failure = _backend_error(error)
+                self.failure = backend_error(error)
 
     def _drop_in_flight(self) -> None:
         """Forget what was launched: nobody waits for it any more."""
@@ -385,23 +436,26 @@ class Engine:
         for seq in leaving:
             self._cache.free(seq)
 
+    def _look_at_speed(self, step: _InFlight, num_tokens: int) -> None:
+        """Let the batch's size follow from what steps that move streams take."""
+        now = self._clock()
+        seconds = now - max(step.started, self._collected)  # it waited for the one before it
+        self._collected = now
+        moves_streams = all(chunk.num_tokens == 1 + len(chunk.draft) for chunk in step.chunks)
+        if self._batch_sizer is not None and moves_streams:
+            waits = self.crowded or bool(self._scheduler.waiting)
+            self._batch_sizer.observe(len(step.chunks), num_tokens, seconds, waits=waits)
+            self._scheduler.limit = self._batch_sizer.limit
+
     def _fail(self, error: BackendError) -> None:
         self._drop_in_flight()
         self._events += [self._end_in_error(seq, error) for seq in list(self._sequences.values())]
 
 
 class _InFlight(NamedTuple):
-    """A forward on its way, whose it is, and who has ended and leaves with it."""
+    """A forward on its way, whose it is, who has ended and leaves with it, and since when."""
 
     launched: Launched
     chunks: Seq[Chunk]
-    sampled: list[Sequence]
     leaving: list[Sequence]
-
-
-def _backend_error(error: Exception) -> BackendError:
-    if isinstance(error, BackendError):
-        return error
-    failure = BackendError(f"the backend failed: {error!r}")
-    failure.__cause__ = error
-    return failure
+    started: float

@@ -6,15 +6,20 @@ step is launched without waiting for it, so one thread keeps all the devices bus
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from typing import Protocol
 
-from llama_runtime.engine import Engine, TokenEvent
-from llama_runtime.errors import BackendError
+from llama_runtime.engine import Engine
+from llama_runtime.errors import BackendError, CaravanError
+from llama_runtime.events import Counters, TokenEvent
+from llama_runtime.growth import late_error
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import Sequence
+from llama_runtime.waiting import WaitingQueue
 
 
 class AnyEngine(Protocol):
@@ -30,14 +35,24 @@ class AnyEngine(Protocol):
 
     @property
     def num_waiting(self) -> int:
-        """Sequences without a slot yet, which get one in order of arrival."""
+        """Sequences without a slot yet."""
 
     @property
     def num_running(self) -> int:
         """Sequences that hold a slot."""
 
+    def counters(self) -> Counters:
+        """A copy of the counters."""
+
     def add(
-        self, prompt_token_ids: Seq[int], params: SamplingParams, *, sample: int = 0
+        self,
+        prompt_token_ids: Seq[int],
+        params: SamplingParams,
+        *,
+        sample: int = 0,
+        seed: int | None = None,
+        caller: Hashable = None,
+        streamed: bool = False,
     ) -> Sequence:
         """Queue a prompt."""
 
@@ -64,15 +79,20 @@ class EngineGroup:
         max_len, closed: see ``Engine``.
     """
 
-    def __init__(self, engines: Seq[Engine]) -> None:
+    def __init__(
+        self, engines: Seq[Engine], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         lengths = {engine.max_len for engine in engines}
         if len(lengths) != 1:
             raise ValueError(f"a group takes engines of one max_len, not of {sorted(lengths)}")
         (self.max_len,), self.closed = lengths, False
         self._engines = list(engines)
         self._turns = list(engines)  # that work, by their last turn; the last to fail stays
-        self._waiting: dict[int, Sequence] = {}  # in order of arrival
+        self._clock = clock
+        self._waiting = WaitingQueue()
+        self._sequences: dict[int, Sequence] = {}
         self._homes: dict[int, Engine] = {}
+        self._num_late = 0  # of those that waited here
         self._events: list[TokenEvent] = []  # see ``Engine``
 
     @property
@@ -113,14 +133,37 @@ class EngineGroup:
         working = [engine for engine in self._turns if engine.has_work or self._waiting]
         return not working or any(engine.ready for engine in working)
 
+    def counters(self) -> Counters:
+        """See ``Engine.counters``; those of all the engines together."""
+        each = [engine.counters() for engine in self._engines]
+        return Counters(
+            reused_tokens=sum(one.reused_tokens for one in each),
+            prefix_hits=sum(one.prefix_hits for one in each),
+            drafted_tokens=sum(one.drafted_tokens for one in each),
+            accepted_tokens=sum(one.accepted_tokens for one in each),
+            late=self._num_late + sum(one.late for one in each),
+            batch_limit=sum(one.batch_limit for one in each),
+            batch_decisions=tuple(decision for one in each for decision in one.batch_decisions),
+        )
+
     def add(
-        self, prompt_token_ids: Seq[int], params: SamplingParams, *, sample: int = 0
+        self,
+        prompt_token_ids: Seq[int],
+        params: SamplingParams,
+        *,
+        sample: int = 0,
+        seed: int | None = None,
+        caller: Hashable = None,
+        streamed: bool = False,
     ) -> Sequence:
         """See ``Engine.add``; it gets its slot, and so its engine, in the next step or later."""
-        seq = self._turns[0].prepare(prompt_token_ids, params, sample=sample)
-        if seq.id in self._waiting or seq.id in self._homes:
+        seq = self._turns[0].prepare(
+            prompt_token_ids, params, sample=sample, seed=seed, caller=caller, streamed=streamed
+        )
+        if seq.id in self._sequences:
             raise ValueError("the engines of a group must share their ids")
-        self._waiting[seq.id] = seq
+        self._sequences[seq.id] = seq
+        self._waiting.add(seq)
         return seq
 
     def step(self) -> list[TokenEvent]:
@@ -130,7 +173,10 @@ class EngineGroup:
         one queued meanwhile. An engine that fails ends what runs on it, and the others go on with
         what waits; when the last has failed, that ends too.
         """
+        self._end_late()
         self._give_slots()
+        for engine in self._turns:
+            engine.crowded = bool(self._waiting)
         working = [engine for engine in self._turns if engine.has_work]
         due = [engine for engine in working if engine.launch()]
         ready = [engine for engine in due if engine.ready]
@@ -144,11 +190,15 @@ class EngineGroup:
     def abort(self, sequence_id: int) -> None:
         """See ``Engine.abort``."""
         self._events = [event for event in self._events if event.sequence_id != sequence_id]
-        seq, home = self._waiting.pop(sequence_id, None), self._homes.pop(sequence_id, None)
-        if seq is not None:
-            seq.finish_reason = "abort"
+        seq = self._sequences.get(sequence_id)
+        if seq is None:
+            return
+        home = self._homes.get(sequence_id)
+        self._forget(seq)
         if home is not None:
             home.abort(sequence_id)
+        else:
+            seq.finish_reason = "abort"
 
     def check(self) -> None:
         """See ``Engine.check``; each sequence is in one place."""
@@ -158,27 +208,30 @@ class EngineGroup:
             held = engine.num_waiting + engine.num_running
             if held != counts[id(engine)]:
                 raise RuntimeError(f"an engine holds {held} sequences, not {counts[id(engine)]}")
-        both = self._waiting.keys() & self._homes.keys()
-        if both or any(seq.finish_reason for seq in self._waiting.values()):
+        both = {seq.id for seq in self._waiting} & self._homes.keys()
+        if both or any(seq.finish_reason for seq in self._waiting):
             raise RuntimeError(f"sequences wait that run or ended: {sorted(both)}")
+        if len(self._sequences) != len(self._waiting) + len(self._homes):
+            raise RuntimeError(f"{len(self._sequences)} sequences neither wait nor run")
+        if sum(self._waiting.held().values()) != len(self._homes):
+            raise RuntimeError(f"callers hold {self._waiting.held()}, not {len(self._homes)} slots")
 
     def close(self) -> None:
         """See ``Engine.close``; where closing one engine fails, the others are closed too."""
         self.closed = True
-        for sequence_id in [*self._waiting, *self._homes]:
+        for sequence_id in list(self._sequences):
             self.abort(sequence_id)
         with ExitStack() as stack:
             for engine in self._engines:
                 stack.callback(engine.close)
 
     def _give_slots(self) -> None:
-        """In order of arrival, and where the most is free: none overtakes the first that waits."""
-        while self._waiting:
-            seq = next(iter(self._waiting.values()))
+        """Where the most is free, and in the order that they are due: none overtakes the first."""
+        while (seq := self._waiting.first()) is not None:
             home = next((one for one in sorted(self._turns, key=_load) if one.start(seq)), None)
             if home is None:
                 return
-            del self._waiting[seq.id]
+            self._waiting.grant(seq, self._clock())
             self._homes[seq.id] = home
 
     def _collect(self, engine: Engine) -> None:
@@ -187,18 +240,35 @@ class EngineGroup:
         for event in engine.collect():
             self._events.append(event)
             if event.finish_reason is not None:
-                del self._homes[event.sequence_id]
+                self._forget(self._sequences[event.sequence_id])
         if engine.failure is not None:
             if len(self._turns) == 1:
                 self._end_waiting(engine.failure)
             else:
                 self._turns.remove(engine)
 
+    def _forget(self, seq: Sequence) -> None:
+        """Let a sequence that ends neither wait nor run."""
+        del self._sequences[seq.id]
+        if self._homes.pop(seq.id, None) is not None:
+            self._waiting.release(seq)
+        else:
+            self._waiting.remove(seq)
+
+    def _end_late(self) -> None:
+        for seq in self._waiting.late(self._clock()):
+            self._num_late += 1
+            self._end(seq, late_error(seq))
+
     def _end_waiting(self, error: BackendError) -> None:
-        while self._waiting:
-            seq = self._waiting.pop(next(iter(self._waiting)))
-            seq.finish_reason = "error"
-            self._events.append(TokenEvent(seq.id, None, "", "error", error, sample=seq.sample))
+        for seq in list(self._waiting):
+            self._end(seq, error)
+
+    def _end(self, seq: Sequence, error: CaravanError) -> None:
+        """End a sequence that waits."""
+        self._forget(seq)
+        seq.finish_reason = "error"
+        self._events.append(TokenEvent(seq.id, None, "", "error", error, sample=seq.sample))
 
 
 def _load(engine: Engine) -> tuple[float, bool]:

@@ -43,12 +43,25 @@ class QueueFullError(CaravanError):
     """Too much waits for a slot already; the same request may be taken later."""
 
 
+class DeadlineError(CaravanError, TimeoutError):
+    """A request has not ended by its deadline."""
+
+
 class BackendError(CaravanError):
     """The compiled graph could not be loaded, or failed while running."""
 
 
 class DependencyError(CaravanError):
     """An optional package is missing."""
+
+
+def backend_error(error: Exception) -> BackendError:
+    """An error of the backend, from whatever it raised."""
+    if isinstance(error, BackendError):
+        return error
+    failure = BackendError(f"the backend failed: {error!r}")
+    failure.__cause__ = error
+    return failure
 
 
 def one_line(text: object, limit: int = 500) -> str:

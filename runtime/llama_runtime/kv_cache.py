@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_runtime.contract import Geometry
+from llama_runtime.prefix_store import PrefixStore
 from llama_runtime.sequence import Sequence
 
 
@@ -18,16 +19,23 @@ class SlotCache:
     """Who owns which slot.
 
     Invariants, executable in ``check``: every slot is either free or owned by one sequence, which
-    names it; no sequence holds more tokens than fit.
+    names it; no sequence holds more tokens than fit; and those of ``PrefixStore``.
 
     Args:
         num_slots: B, sequences that can run at once.
         max_len: the most tokens of one sequence.
+        prefixes: what is kept of prompts for others; None keeps nothing.
+
+    Attributes:
+        num_reused_tokens: prompt tokens that needn't be computed, since the start.
+        num_prefix_hits: sequences that were spared some.
     """
 
-    def __init__(self, num_slots: int, max_len: int) -> None:
+    def __init__(self, num_slots: int, max_len: int, prefixes: PrefixStore | None = None) -> None:
         self.num_slots = num_slots
         self.max_len = max_len
+        self.num_reused_tokens = self.num_prefix_hits = 0
+        self._prefixes = prefixes
         self._free = list(range(num_slots))  # a heap: the lowest slot is handed out first
         self._owners: dict[int, Sequence] = {}
 
@@ -40,11 +48,27 @@ class SlotCache:
         """Whether ``allocate`` would have room."""
         return bool(self._free)
 
+    def reuse(self, seq: Sequence) -> None:
+        """Move ``seq.cache_len`` over what others have computed of its prompt by now."""
+        if self._prefixes is not None:
+            num_tokens = self._prefixes.reuse(seq)
+            self.num_reused_tokens += num_tokens
+            self.num_prefix_hits += seq.num_reused == 0 < num_tokens
+            seq.num_reused += num_tokens
+
+    def next_block(self, seq: Sequence) -> bytes | None:
+        """What identifies the block that ``seq`` computes next; None if nobody could reuse it."""
+        return self._prefixes.next_block(seq) if self._prefixes is not None else None
+
     def computed(self, seq: Sequence) -> None:
-        """Nothing: the tokens of a slot are its sequence's own."""
+        """Learn that the slot holds what is in the cache up to ``seq.cache_len``."""
+        if self._prefixes is not None:
+            self._prefixes.computed(seq)
 
     def forget(self, seq: Sequence) -> None:
-        """Nothing, for the same reason."""
+        """Let nobody share what a sequence wrote."""
+        if self._prefixes is not None:
+            self._prefixes.forget(seq)
 
     def allocate(self, seq: Sequence) -> None:
         """Give the lowest free slot to a sequence; one must be free."""
@@ -57,6 +81,8 @@ class SlotCache:
         """Take a sequence's slot back."""
         if seq.slot is None or self._owners.get(seq.slot) is not seq:
             raise RuntimeError(f"sequence {seq.id} does not hold slot {seq.slot}")
+        if self._prefixes is not None:
+            self._prefixes.release(seq)
         del self._owners[seq.slot]
         heapq.heappush(self._free, seq.slot)
         seq.slot = None
@@ -74,6 +100,8 @@ class SlotCache:
             most = min(seq.num_tokens + seq.num_pending, self.max_len)
             if seq.slot != slot or not 0 <= seq.cache_len <= most:
                 raise RuntimeError(f"slot {slot} is out of step with sequence {seq.id}")
+        if self._prefixes is not None:
+            self._prefixes.check()
 
 
 def cache_buffers(

@@ -25,6 +25,7 @@ from llama_runtime.memory_plan import MemoryPlan
 from llama_runtime.params import SamplingParams, fresh_seed, row_seed
 from llama_runtime.prompt_encoder import PromptEncoder
 from llama_runtime.sequence import Sequence
+from llama_runtime.settings import Settings
 from llama_runtime.shared_engine import Inbox, SharedEngine, Stats
 from llama_runtime.token_stream import TokenStream
 
@@ -35,12 +36,21 @@ class LLM:
     Args:
         bundle: the directory that ``llama-export build`` wrote, or its text side where that is
             open already.
-        max_batch: sequences that run at once; None takes 32, and 128 on CUDA.
+        max_batch: sequences that run at once; None takes 32, and 128 on CUDA. With "auto" there are
+            slots for up to 128, and 256 on CUDA, as memory allows, and how many of them are used
+            follows from what steps are seen to take: ``stats().batch_limit``. The attribute
+            ``max_batch`` is the number of slots. TensorRT has no "auto".
         max_len: the most tokens of one sequence, prompt and completion; None takes the model's
             limit, at most 4,096 and no more than fits into memory.
         threads: threads of the kernels on the CPU; None takes the processors this process may use.
         devices: numbers of the CUDA devices that a bundle built for CUDA runs on, an engine on each
             with ``max_batch`` sequences and one queue for all; None takes device 0.
+        prefix_tokens: tokens of prompts that are kept, so that prompts which begin alike needn't
+            compute them again; 0 keeps none. None keeps 4,096, or what fits into memory. On CUDA
+            it is None, for as many as the cache has room for, or 0; with TensorRT none are kept.
+        stream_budget: prompt tokens that a step may hold while somebody reads a stream: fewer keep
+            the gaps between its tokens small, more answer prompts sooner. It is never less than
+            twice as many as sequences run. None takes 33, and 512 on CUDA; TensorRT has none.
         verify: how the bundle's files are checked; see ``open_bundle``.
 
     Raises:
@@ -55,18 +65,24 @@ class LLM:
         self,
         bundle: str | os.PathLike[str] | PromptEncoder = "bundle",
         *,
-        max_batch: int | None = None,
+        max_batch: int | Literal["auto"] | None = None,
         max_len: int | None = None,
         threads: int | None = None,
         devices: Seq[int] | None = None,
+        prefix_tokens: int | None = None,
+        stream_budget: int | None = None,
         verify: Literal["full", "size"] | None = None,
     ) -> None:
         loaded = load(
             bundle,
-            max_batch=max_batch,
-            max_len=max_len,
-            threads=threads,
-            devices=devices,
+            Settings(
+                max_batch=max_batch,
+                max_len=max_len,
+                threads=threads,
+                devices=devices,
+                prefix_tokens=prefix_tokens,
+                stream_budget=stream_budget,
+            ),
             verify=verify,
         )
         self._encoder = loaded.encoder
@@ -81,9 +97,10 @@ class LLM:
         cls,
         bundle: str | os.PathLike[str] | PromptEncoder = "bundle",
         *,
-        max_batch: int | None = None,
+        max_batch: int | Literal["auto"] | None = None,
         max_len: int | None = None,
         devices: Seq[int] | None = None,
+        prefix_tokens: int | None = None,
     ) -> MemoryPlan:
         """What a setting needs of memory, and whether it is there; nothing is loaded.
 
@@ -92,6 +109,7 @@ class LLM:
             max_batch: as for the class.
             max_len: as for the class; None takes what the class would take.
             devices: as for the class.
+            prefix_tokens: as for the class.
 
         Returns:
             The plan, which may not fit. Its ``check`` raises what the class would raise.
@@ -100,7 +118,11 @@ class LLM:
             BundleError: the bundle can't be used.
             RequestError: an argument is out of range.
         """
-        return plan(opened(bundle, verify="size").bundle, max_batch, max_len, devices)
+        opened_bundle = opened(bundle, verify="size").bundle
+        settings = Settings(
+            max_batch=max_batch, max_len=max_len, devices=devices, prefix_tokens=prefix_tokens
+        )
+        return plan(opened_bundle, settings)
 
     @property
     def has_chat_template(self) -> bool:
@@ -216,7 +238,7 @@ class LLM:
             BackendError: the graph failed.
         """
         inbox = Inbox()
-        seqs = self._add(Request(prompt, params or self.default_params), inbox)
+        seqs = self._add(Request(prompt, params or self.default_params), inbox, streamed=True)
         return TokenStream(self._engine, seqs, inbox)
 
     def run(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, Completion]]:
@@ -293,7 +315,7 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _add(self, request: Request, inbox: Inbox) -> list[Sequence]:
+    def _add(self, request: Request, inbox: Inbox, *, streamed: bool = False) -> list[Sequence]:
         prompt = request.prompt
         if not isinstance(prompt, str) and not is_list(prompt):
             raise wrong_type("prompt", "a list of whole numbers, or text", prompt)
@@ -302,7 +324,7 @@ class LLM:
             if isinstance(prompt, str)
             else prompt
         )
-        return self._engine.add(token_ids, request.params, inbox)
+        return self._engine.add(token_ids, request.params, inbox, streamed=streamed)
 
 
 def _checked(requests: Iterable[Request | None]) -> Iterator[Request | None]:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.backends.ort_sampler import OrtSampler
+from llama_runtime.batch_sizer import BatchSizer
 from llama_runtime.bundle import Bundle, open_bundle
 from llama_runtime.contract import (
+    MIN_CHUNK,
     PAGED,
     PROMPT_CHUNK,
     SAMPLER,
@@ -24,9 +26,15 @@ from llama_runtime.engine_group import EngineGroup
 from llama_runtime.errors import RequestError
 from llama_runtime.generation_config import default_params, eos_token_ids
 from llama_runtime.machine import available_memory, default_threads
-from llama_runtime.memory_plan import MAX_BATCH, MIN_LEN, MemoryPlan, weight_bytes
+from llama_runtime.memory_plan import MemoryPlan, weight_bytes
 from llama_runtime.params import SamplingParams
 from llama_runtime.prompt_encoder import PromptEncoder
+from llama_runtime.settings import (
+    AUTO_MAX_BATCH,
+    DEFAULT_MAX_BATCH,
+    LEAST_DEFAULT_LEN,
+    Settings,
+)
 from llama_runtime.slots_engine import slots_engine
 
 if TYPE_CHECKING:
@@ -34,10 +42,8 @@ if TYPE_CHECKING:
     from llama_runtime.cuda_plan import CudaPlan
     from llama_runtime.tensorrt_plan import TensorRtPlan
 
-DEFAULT_MAX_BATCH = 32
-DEFAULT_MAX_LEN = 4096
-LEAST_DEFAULT_LEN = 512  # less is not chosen for anybody: max_tokens alone is 256 by default
 PROMPT_BUDGET = 256  # prompt tokens of one step
+CUDA_STREAM_BUDGET = 512  # while somebody reads a stream; on the CPU it is the least that there is
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,44 +67,20 @@ class Loaded:
 
 def load(
     bundle: str | os.PathLike[str] | PromptEncoder,
+    settings: Settings,
     *,
-    max_batch: int | None,
-    max_len: int | None,
-    threads: int | None,
-    devices: Seq[int] | None,
     verify: Literal["full", "size"] | None,
 ) -> Loaded:
     """Load a bundle; arguments and errors are those of ``LLM``."""
     encoder = opened(bundle, verify=verify)
     config = encoder.bundle.generation_config
     params, eos = default_params(config), eos_token_ids(config)
-    if runs_on_gpu(encoder.bundle):
-        _refuse_threads(encoder.bundle, threads)
-        load_it = _load_tensorrt if runs_on_tensorrt(encoder.bundle) else _load_paged
-        return load_it(encoder, max_batch, max_len, devices, params, eos)
-    wanted = _plan_slots(encoder.bundle, max_batch, max_len, devices)
-    threads = in_range("threads", default_threads() if threads is None else threads, 1024)
-    wanted.check()
-    manifest = encoder.bundle.manifest
-    kernels = OrtSampler(encoder.bundle.graph_path(SAMPLER), manifest.geometry.vocab_size, threads)
-    backend = OrtCpu(
-        open_session(encoder.bundle.graph_path(SLOTS.name), threads),
-        manifest.geometry,
-        num_slots=wanted.max_batch,
-        capacity=cache_capacity(wanted.max_len, PROMPT_CHUNK),
-    )
-    engine = slots_engine(
-        backend,
-        encoder.tokenizer.byte_table,
-        eos,
-        vocab_size=manifest.geometry.vocab_size,
-        max_batch=wanted.max_batch,
-        max_len=wanted.max_len,
-        prompt_budget=PROMPT_BUDGET,
-        max_chunk=PROMPT_CHUNK,
-        kernels=kernels,
-    )
-    return Loaded(encoder, wanted, threads, params, engine)
+    if not runs_on_gpu(encoder.bundle):
+        return _load_slots(encoder, settings, params, eos)
+    settings.refuse("threads", f"{encoder.bundle.path} was built for CUDA, and has none")
+    if runs_on_tensorrt(encoder.bundle):
+        return _load_tensorrt(encoder, settings, params, eos)
+    return _load_paged(encoder, settings, params, eos)
 
 
 def opened(
@@ -123,9 +105,7 @@ def runs_on_tensorrt(bundle: Bundle) -> bool:
     return all(graph.dialect != PAGED.name for graph in bundle.manifest.graphs)
 
 
-def plan(
-    bundle: Bundle, max_batch: int | None, max_len: int | None, devices: Seq[int] | None = None
-) -> MemoryPlan:
+def plan(bundle: Bundle, settings: Settings) -> MemoryPlan:
     """What a setting needs of memory; see ``LLM.plan``.
 
     Raises:
@@ -133,153 +113,154 @@ def plan(
         RequestError: an argument is out of range.
     """
     if not runs_on_gpu(bundle):
-        return _plan_slots(bundle, max_batch, max_len, devices)
+        return _plan_slots(bundle, settings)
     from llama_runtime.cuda_loading import opened_devices
 
-    with opened_devices(_ordinals(devices)) as found:
-        wanted: MemoryPlan
-        if runs_on_tensorrt(bundle):
-            wanted = _plan_tensorrt(bundle, max_batch, max_len, found)
-        else:
-            wanted = _plan_paged(bundle, max_batch, max_len, found)
+    plan_it = _plan_tensorrt if runs_on_tensorrt(bundle) else _plan_paged
+    with opened_devices(settings.ordinals()) as found:
+        wanted: MemoryPlan = plan_it(bundle, settings, found)
         for device in found:
             device.close()
     return wanted
 
 
-def _plan_slots(
-    bundle: Bundle, max_batch: int | None, max_len: int | None, devices: Seq[int] | None
-) -> MemoryPlan:
+def _plan_slots(bundle: Bundle, settings: Settings) -> MemoryPlan:
     geometry = bundle.manifest.geometry
     bundle.graph_path(SLOTS.name)  # which it may not have
-    if devices is not None:
-        raise RequestError(
-            f"devices {list(devices)} are CUDA devices, and {bundle.path} was built for the CPU: "
-            "leave them out, or build it with llama-export build --target cuda",
-            param="devices",
-        )
+    settings.refuse(
+        "devices",
+        f"they are CUDA devices, and {bundle.path} was built for the CPU; llama-export build "
+        "--target cuda builds one for them",
+    )
     weights = weight_bytes(bundle.manifest, SLOTS.name)
     wanted = MemoryPlan(
         geometry=geometry,
         weights=weights,
         available=available_memory(mapped_bytes=weights),
-        max_batch=_batch(max_batch, DEFAULT_MAX_BATCH),
-        max_len=_length(max_len, geometry.max_positions),
+        max_batch=settings.batch(DEFAULT_MAX_BATCH),
+        max_len=settings.length(geometry.max_positions),
         prompt_budget=PROMPT_BUDGET,
+        prefix_tokens=settings.num_prefix_tokens(),
     )
-    return _shortened(wanted, max_len)
+    if settings.prefix_tokens is None and not wanted.fits:
+        wanted = replace(wanted, prefix_tokens=wanted.largest_prefix_tokens)
+    return _fitted(wanted, settings, AUTO_MAX_BATCH)
 
 
-def _plan_paged(
-    bundle: Bundle, max_batch: int | None, max_len: int | None, devices: Seq[Device]
-) -> CudaPlan:
-    from llama_runtime.cuda_loading import CUDA_MAX_BATCH, cuda_plan
+def _load_slots(
+    encoder: PromptEncoder, settings: Settings, params: SamplingParams, eos: frozenset[int]
+) -> Loaded:
+    wanted = _plan_slots(encoder.bundle, settings)
+    threads = settings.num_threads(default_threads())
+    stream_budget = settings.budget(MIN_CHUNK, least=MIN_CHUNK)
+    wanted.check()
+    manifest = encoder.bundle.manifest
+    kernels = OrtSampler(encoder.bundle.graph_path(SAMPLER), manifest.geometry.vocab_size, threads)
+    backend = OrtCpu(
+        open_session(encoder.bundle.graph_path(SLOTS.name), threads),
+        manifest.geometry,
+        num_slots=wanted.max_batch,
+        capacity=cache_capacity(wanted.max_len, PROMPT_CHUNK),
+        num_prefix_blocks=wanted.num_prefix_blocks,
+    )
+    engine = slots_engine(
+        backend,
+        encoder.tokenizer.byte_table,
+        eos,
+        vocab_size=manifest.geometry.vocab_size,
+        max_batch=wanted.max_batch,
+        max_len=wanted.max_len,
+        prompt_budget=PROMPT_BUDGET,
+        max_chunk=PROMPT_CHUNK,
+        stream_budget=stream_budget,
+        num_prefix_blocks=wanted.num_prefix_blocks,
+        kernels=kernels,
+        batch_sizer=BatchSizer(wanted.max_batch) if settings.finds_batch else None,
+    )
+    return Loaded(encoder, wanted, threads, params, engine)
 
-    batch = _batch(max_batch, CUDA_MAX_BATCH)
-    length = _length(max_len, bundle.manifest.geometry.max_positions)
-    return _shortened(cuda_plan(bundle, devices, batch, length), max_len)
+
+def _plan_paged(bundle: Bundle, settings: Settings, devices: Seq[Device]) -> CudaPlan:
+    from llama_runtime.cuda_loading import CUDA_AUTO_MAX_BATCH, CUDA_MAX_BATCH, cuda_plan
+
+    settings.refuse(
+        "prefix_tokens",
+        "on CUDA the whole cache keeps prompts for others, as long as there is room",
+        0,
+    )
+    batch = settings.batch(CUDA_MAX_BATCH)
+    length = settings.length(bundle.manifest.geometry.max_positions)
+    return _fitted(cuda_plan(bundle, devices, batch, length), settings, CUDA_AUTO_MAX_BATCH)
 
 
 def _load_paged(
-    encoder: PromptEncoder,
-    max_batch: int | None,
-    max_len: int | None,
-    devices: Seq[int] | None,
-    params: SamplingParams,
-    eos: frozenset[int],
+    encoder: PromptEncoder, settings: Settings, params: SamplingParams, eos: frozenset[int]
 ) -> Loaded:
     from llama_runtime.cuda_loading import cuda_engines, opened_devices
 
-    with opened_devices(_ordinals(devices)) as found:
-        wanted = _plan_paged(encoder.bundle, max_batch, max_len, found)
+    stream_budget = settings.budget(CUDA_STREAM_BUDGET)
+    with opened_devices(settings.ordinals()) as found:
+        wanted = _plan_paged(encoder.bundle, settings, found)
         wanted.check()
-        engine = cuda_engines(encoder.bundle, found, wanted, encoder.tokenizer.byte_table, eos)
+        engine = cuda_engines(
+            encoder.bundle,
+            found,
+            wanted,
+            encoder.tokenizer.byte_table,
+            eos,
+            share_prefixes=settings.prefix_tokens is None,
+            stream_budget=stream_budget,
+            find_batch=settings.finds_batch,
+        )
     return Loaded(encoder, wanted, None, params, engine)
 
 
-def _plan_tensorrt(
-    bundle: Bundle, max_batch: int | None, max_len: int | None, devices: Seq[Device]
-) -> TensorRtPlan:
+def _plan_tensorrt(bundle: Bundle, settings: Settings, devices: Seq[Device]) -> TensorRtPlan:
     from llama_runtime.tensorrt_loading import tensorrt_plan
 
     if len(devices) > 1:
-        raise RequestError(
-            f"devices {[device.ordinal for device in devices]} are several, and a TensorRT engine "
-            "runs on one: choose it, or build the bundle with llama-export build --target cuda",
-            param="devices",
+        settings.refuse(
+            "devices",
+            "a TensorRT engine runs on one; choose it, or build the bundle with llama-export build "
+            "--target cuda",
         )
-    batch = _batch(max_batch, DEFAULT_MAX_BATCH)
-    length = _length(max_len, bundle.manifest.geometry.max_positions)
-    return _shortened(tensorrt_plan(bundle, devices[0], batch, length), max_len)
+    if settings.finds_batch:
+        settings.refuse(
+            "max_batch", "a TensorRT engine is built for a number, and has room for so many"
+        )
+    settings.refuse("prefix_tokens", "TensorRT computes each prompt as a whole", 0)
+    settings.refuse("stream_budget", "a step of a TensorRT engine runs one chunk of one prompt")
+    batch = settings.batch(DEFAULT_MAX_BATCH)
+    length = settings.length(bundle.manifest.geometry.max_positions)
+    return _fitted(tensorrt_plan(bundle, devices[0], batch, length), settings, batch)
 
 
 def _load_tensorrt(
-    encoder: PromptEncoder,
-    max_batch: int | None,
-    max_len: int | None,
-    devices: Seq[int] | None,
-    params: SamplingParams,
-    eos: frozenset[int],
+    encoder: PromptEncoder, settings: Settings, params: SamplingParams, eos: frozenset[int]
 ) -> Loaded:
     from llama_runtime.cuda_loading import opened_devices
     from llama_runtime.tensorrt_loading import loaded_engine
 
-    with opened_devices(_ordinals(devices)) as found:
-        wanted = _plan_tensorrt(encoder.bundle, max_batch, max_len, found)
+    with opened_devices(settings.ordinals()) as found:
+        wanted = _plan_tensorrt(encoder.bundle, settings, found)
         wanted.check()
         byte_table = encoder.tokenizer.byte_table
         engine = loaded_engine(encoder.bundle, found[0], wanted, byte_table, eos)
     return Loaded(encoder, wanted, None, params, engine)
 
 
-def _refuse_threads(bundle: Bundle, threads: int | None) -> None:
-    if threads is not None:
-        raise RequestError(
-            f"threads {threads} are those of kernels on the CPU, and {bundle.path} was "
-            "built for CUDA: leave them out",
-            param="threads",
-        )
-
-
 Plan = TypeVar("Plan", bound=MemoryPlan)
 
 
-def _shortened(wanted: Plan, max_len: int | None) -> Plan:
-    """The same with as much of the usual length as fits, unless a length was asked for."""
-    if max_len is None and not wanted.fits and wanted.largest_max_len >= LEAST_DEFAULT_LEN:
-        return replace(wanted, max_len=wanted.largest_max_len)
-    return wanted
+def _fitted(wanted: Plan, settings: Settings, most: int) -> Plan:
+    """The same with as much as fits of what the caller leaves to us.
 
-
-def _batch(max_batch: int | None, usual: int) -> int:
-    return in_range("max_batch", usual if max_batch is None else max_batch, MAX_BATCH)
-
-
-def _length(max_len: int | None, limit: int) -> int:
-    usual = min(DEFAULT_MAX_LEN, limit)
-    return in_range("max_len", usual if max_len is None else max_len, limit, low=MIN_LEN)
-
-
-def _ordinals(devices: object) -> list[int]:
-    """The numbers of CUDA devices, checked as far as that goes without looking at them."""
-    if devices is None:
-        return [0]
-    found: list[object] = list(devices) if isinstance(devices, Seq) else []
-    numbers = [one for one in found if isinstance(one, int) and not isinstance(one, bool)]
-    if not found or len(set(numbers)) < len(found) or min(numbers) < 0:
-        raise RequestError(
-            f"devices must be different numbers of CUDA devices, such as [0, 1], not {devices!r}",
-            param="devices",
-        )
-    return numbers
-
-
-def in_range(param: str, value: object, high: int, *, low: int = 1) -> int:
-    """A whole number, sure to lie in its range.
-
-    Raises:
-        RequestError: it doesn't, or is none.
+    First as much of the usual length as fits with the usual batch; then, if the batch is to be
+    found, as many slots as fit with that, up to so many: one that isn't used costs nothing.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestError(f"{param} must lie in {low} to {high}, not {value!r}", param=param)
-    return value
+    shortens = settings.max_len is None and not wanted.fits
+    if shortens and wanted.largest_max_len >= LEAST_DEFAULT_LEN:
+        wanted = replace(wanted, max_len=wanted.largest_max_len)
+    if settings.finds_batch and (largest := min(most, wanted.largest_max_batch)):
+        wanted = replace(wanted, max_batch=largest)
+    return wanted

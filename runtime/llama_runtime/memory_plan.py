@@ -1,8 +1,9 @@
 """How much memory a bundle needs, and whether the machine has it, before anything is loaded.
 
-Three parts: the weights; the cache, all of whose tokens count although an untouched one costs
-nothing, because an admitted sequence must be able to end; and the workspace, which is everything
-else: the interpreter, the libraries, and what the largest step holds at once.
+Four parts: the weights; the cache, all of whose tokens count although an untouched one costs
+nothing, because an admitted sequence must be able to end; prefixes, the tokens of prompts that are
+kept for others, which cost nothing untouched either; and the workspace, which is everything else:
+the interpreter, the libraries, and what the largest step holds at once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from llama_runtime.contract import (
+    CHUNK_MULTIPLE,
     MAX_CELLS,
     PROMPT_CHUNK,
     SAMPLER_ROWS,
@@ -44,6 +46,7 @@ class MemoryPlan:
         max_batch: B, sequences that run at once.
         max_len: the most tokens of one sequence.
         prompt_budget: the most prompt tokens of a step.
+        prefix_tokens: tokens of prompts that are kept beside the cache, whole blocks of them.
     """
 
     geometry: Geometry
@@ -52,6 +55,18 @@ class MemoryPlan:
     max_batch: int
     max_len: int
     prompt_budget: int
+    prefix_tokens: int = 0
+
+    @property
+    def num_prefix_blocks(self) -> int:
+        """Blocks in which the beginnings of prompts are kept."""
+        return self.prefix_tokens // CHUNK_MULTIPLE
+
+    @property
+    def prefixes(self) -> int:
+        """Bytes of keys and values of what is kept, all of them touched."""
+        g = self.geometry
+        return FLOAT_BYTES * 2 * g.num_layers * g.num_kv_heads * g.head_dim * self.prefix_tokens
 
     @property
     def cache(self) -> int:
@@ -84,8 +99,8 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """Bytes of all three together."""
-        return self.weights + self.cache + self.workspace
+        """Bytes of all of them together."""
+        return self.weights + self.cache + self.prefixes + self.workspace
 
     @property
     def fits(self) -> bool:
@@ -107,6 +122,14 @@ class MemoryPlan:
         length = _largest(lambda n: replace(self, max_len=n).fits, MIN_LEN, limit)
         return length if length in (0, limit) or length < LEN_STEP else length - length % LEN_STEP
 
+    @property
+    def largest_prefix_tokens(self) -> int:
+        """The largest ``prefix_tokens`` that fits, up to what is wanted; 0 if none does."""
+        beside = replace(self, prefix_tokens=0)
+        block = replace(self, prefix_tokens=CHUNK_MULTIPLE).prefixes
+        num_blocks = max(0, (self.available.num_bytes - beside.total) // block)
+        return CHUNK_MULTIPLE * min(num_blocks, self.num_prefix_blocks)
+
     def check(self) -> None:
         """Refuse a setting that doesn't fit.
 
@@ -116,19 +139,21 @@ class MemoryPlan:
         if self.fits:
             return
         advice, param = self._nearest()
+        prefixes = f", prefixes {megabytes(self.prefixes)}" if self.prefixes else ""
         raise CapacityError(
             f"max_batch {self.max_batch} and max_len {self.max_len} need {megabytes(self.total)}: "
-            f"weights {megabytes(self.weights)}, cache {megabytes(self.cache)}, workspace "
-            f"{megabytes(self.workspace)}; {megabytes(self.available.num_bytes)} are available "
-            f"({self.available.bound}): {advice}",
+            f"weights {megabytes(self.weights)}, cache {megabytes(self.cache)}{prefixes}, "
+            f"workspace {megabytes(self.workspace)}; {megabytes(self.available.num_bytes)} are "
+            f"available ({self.available.bound}): {advice}",
             param=param,
         )
 
     def summary(self) -> str:
         """The plan in one line."""
+        prefixes = f"prefixes up to {megabytes(self.prefixes)}, " if self.prefixes else ""
         return (
             f"memory: weights {megabytes(self.weights)}, cache up to {megabytes(self.cache)}, "
-            f"workspace {megabytes(self.workspace)}; "
+            f"{prefixes}workspace {megabytes(self.workspace)}; "
             f"{megabytes(self.available.num_bytes)} available"
         )
 
@@ -137,8 +162,10 @@ class MemoryPlan:
         return {
             "max_batch": self.max_batch,
             "max_len": self.max_len,
+            "prefix_tokens": self.prefix_tokens,
             "weights": self.weights,
             "cache": self.cache,
+            "prefixes": self.prefixes,
             "workspace": self.workspace,
             "total": self.total,
             "available": self.available.num_bytes,
@@ -154,8 +181,12 @@ class MemoryPlan:
         if batch and length < LEN_STEP:  # no help to anybody
             length = 0
         settings = [f"max_batch {batch}"] * (batch > 0) + [f"max_len {length}"] * (length > 0)
+        param = "max_batch" if batch else "max_len"
+        if self.prefix_tokens and replace(self, prefix_tokens=0).fits:
+            settings.append(f"prefix_tokens {self.largest_prefix_tokens}")
+            param = "prefix_tokens"
         if settings:
-            return f"set {', or '.join(settings)}", "max_batch" if batch else "max_len"
+            return f"set {', or '.join(settings)}", param
         if length := replace(self, max_batch=1).largest_max_len:
             return f"set max_batch 1 and max_len {length}", "max_batch"
         return "the model itself doesn't fit, with one sequence of any length", "bundle"
@@ -166,10 +197,13 @@ def describe(plan: MemoryPlan) -> str:
     sizes = {
         "weights": plan.weights,
         "cache": plan.cache,
+        "prefixes": plan.prefixes,
         "workspace": plan.workspace,
         "total": plan.total,
         "available": plan.available.num_bytes,
     }
+    if not plan.prefix_tokens:
+        del sizes["prefixes"]
     figures = {name: megabytes(size) for name, size in sizes.items()}
     width = max(map(len, figures.values()))
     lines = [f"max_batch {plan.max_batch}, max_len {plan.max_len}", ""]

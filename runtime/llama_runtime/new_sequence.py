@@ -9,6 +9,7 @@ from operator import index
 from llama_runtime.detokenizer import Detokenizer, TokenBytes
 from llama_runtime.errors import CapacityError, RequestError
 from llama_runtime.params import SamplingParams, fresh_seed
+from llama_runtime.prompt_lookup import PromptLookup
 from llama_runtime.sampling import sampling_kind
 from llama_runtime.sequence import Sequence
 from llama_runtime.stop_texts import StopTexts
@@ -23,21 +24,26 @@ def new_sequence(
     token_bytes: TokenBytes,
     vocab_size: int,
     max_len: int,
+    seed: int | None = None,
+    verifies: bool = False,
 ) -> Sequence:
     """Check a request and make its sequence.
 
     Args:
         prompt: at least one token.
-        params: how to continue it. A ``seed`` of None draws a fresh one.
+        params: how to continue it.
         sample: which of its ``n`` completions this is.
         ids: gives the sequence its number.
         token_bytes: the vocabulary as bytes.
         vocab_size: V; ids beyond it are refused.
         max_len: the most tokens of one sequence, prompt and completion.
+        seed: its random stream where ``params`` name none; None draws a fresh one.
+        verifies: whether several tokens of one sequence can be verified in one step.
 
     Raises:
         CapacityError: prompt and max_tokens don't fit ``max_len``.
-        RequestError: the prompt is empty, or it or a parameter holds unknown ids.
+        RequestError: the prompt is empty, it or a parameter holds unknown ids, or speculation is
+            asked for where it can't be had.
     """
     if not isinstance(params, SamplingParams):
         raise RequestError(
@@ -45,7 +51,14 @@ def new_sequence(
         )
     if not 0 <= sample < params.n:
         raise RequestError(f"sample must lie in 0 to {params.n - 1}, not {sample}", param="n")
+    if params.speculation == "on" and not verifies:
+        raise RequestError(
+            "speculation on needs a bundle for the CPU: set it to auto, or leave it out",
+            param="speculation",
+        )
     token_ids = _checked_prompt(prompt, params, vocab_size, max_len)
+    if params.seed is not None:
+        seed = params.seed
     _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
     _check_ids("logit_bias", params.logit_bias, vocab_size)
     return Sequence(
@@ -53,11 +66,12 @@ def new_sequence(
         token_ids=token_ids,
         num_prompt_tokens=len(token_ids),
         params=params,
-        seed=fresh_seed() if params.seed is None else params.seed,
+        seed=fresh_seed() if seed is None else seed,
         detokenizer=Detokenizer(token_bytes),
         stop_texts=StopTexts(params.stop, include=params.include_stop),
         sample=sample,
         kind=sampling_kind(params),
+        lookup=PromptLookup(token_ids) if params.speculates and verifies else None,
     )
 
 

@@ -161,10 +161,10 @@ class PagedBatch:
             max(self.row_buckets[-1], max_logits_rows(cache.num_slots)),
             column_bucket(self.max_columns),
         )
-        # By slot, written when a sequence first runs there.
+        # By slot, written when a sequence first runs there, and when blocks of it were exchanged.
         self._tables = np.zeros((cache.num_slots, self.largest.num_columns), np.int32)
         self._rows = np.zeros(cache.num_slots, ROW)
-        self._owners: list[Sequence | None] = [None] * cache.num_slots
+        self._known: list[list[int] | None] = [None] * cache.num_slots  # what was written
         self._layouts: dict[tuple[int, int], Layout] = {}
 
     def build(self, chunks: Seq[Chunk], memory: Bytes) -> PagedStep:
@@ -240,12 +240,12 @@ class PagedBatch:
         """The slot of a sequence, whose table and parameters are known from here on."""
         if seq.slot is None:
             raise RuntimeError(f"sequence {seq.id} was scheduled without a slot")
-        if self._owners[seq.slot] is not seq:
-            blocks = self._cache.table(seq)
+        blocks = self._cache.table(seq)
+        if self._known[seq.slot] is not blocks:
             self._tables[seq.slot] = 0
             self._tables[seq.slot, : len(blocks)] = blocks
             self._rows[seq.slot] = row_of(seq, self._vocab_size)
-            self._owners[seq.slot] = seq
+            self._known[seq.slot] = blocks
         return seq.slot
 
     def _cells(self, slots: Int32s, positions: npt.NDArray[np.integer]) -> Int32s:

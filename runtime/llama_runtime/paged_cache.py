@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from array import array
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from hashlib import blake2b
 
+from llama_runtime.prefixes import block_hashes
 from llama_runtime.sequence import Sequence
 
 
@@ -18,7 +17,8 @@ class _Table:
     Attributes:
         slot: its row of the step.
         blocks: its block ids, in the order of its tokens.
-        chain: the content hash of each full block of its prompt; empty if nothing is shared.
+        chain: the content hash of each full block of its prompt; empty if nothing is shared, or
+            nothing any more.
         num_offered: how many of those blocks had their chance to be registered.
     """
 
@@ -33,9 +33,10 @@ class PagedCache:
 
     A sequence gets all blocks it may ever need when it is admitted, so it can always end. Full
     blocks of a prompt are registered under a hash of all tokens up to their end, once these were
-    computed, and later prompts that begin alike share them. Nobody writes into a registered block:
-    it is full, and who shares it starts after it. A registered block that nobody holds keeps its
-    content until the pool has nothing else to give.
+    computed, and other prompts that begin alike share them, from their admission on or as soon as
+    they get there. Nobody writes into a registered block: it is full, and who shares it starts
+    after it. A registered block that nobody holds keeps its content until the pool has nothing else
+    to give.
 
     Invariants, executable in ``check``: those of ``SlotCache``; a block's count is the number of
     tables that hold it; a block of count 0 is free, once; each registration names one block.
@@ -48,7 +49,8 @@ class PagedCache:
         share_prefixes: False registers nothing, so no block is ever shared.
 
     Attributes:
-        num_shared_tokens: prompt tokens that needn't be computed, since the start.
+        num_reused_tokens: prompt tokens that needn't be computed, since the start.
+        num_prefix_hits: sequences that were spared some.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class PagedCache:
         self.max_len = max_len
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.num_shared_tokens = 0
+        self.num_reused_tokens = self.num_prefix_hits = 0
         self._share_prefixes = share_prefixes
         self._free = list(range(num_slots))  # a heap: the lowest slot is handed out first
         self._tables: dict[Sequence, _Table] = {}
@@ -75,8 +77,6 @@ class PagedCache:
         # first.
         self._blank = list(reversed(range(num_blocks)))
         self._reusable: OrderedDict[int, None] = OrderedDict()
-        # The oldest that waits is asked about in every step; its prompt is hashed once.
-        self._last_chain: tuple[Sequence, list[bytes]] | None = None
 
     @property
     def num_free(self) -> int:
@@ -89,7 +89,11 @@ class PagedCache:
         return len(self._blank) + len(self._reusable)
 
     def table(self, seq: Sequence) -> list[int]:
-        """The block ids of a sequence in order: not to be altered, and the same while it runs."""
+        """The block ids of a sequence in order: not to be altered.
+
+        It is the same list while they are the same. When ``reuse`` exchanges some, another list
+        takes its place; what steps have read or written by then stays where it was.
+        """
         return self._held(seq).blocks
 
     def own_blocks(self, seq: Sequence) -> list[int]:
@@ -121,10 +125,41 @@ class PagedCache:
         fresh = [self._take_block() for _ in range(self._num_needed(seq) - len(shared))]
         slot = heapq.heappop(self._free)
         self._tables[seq] = _Table(slot, shared + fresh, self._chain(seq), len(shared))
-        self._last_chain = None
         seq.slot = slot
-        seq.cache_len = len(shared) * self.block_size
-        self.num_shared_tokens += seq.cache_len
+        seq.cache_len = 0
+        self._spare(seq, len(shared))
+
+    def reuse(self, seq: Sequence) -> None:
+        """Exchange the blocks that a prompt fills next for those that others have filled by now.
+
+        ``seq.cache_len`` moves over them; at least one prompt token is left to compute. Its own,
+        into which no step of it writes yet, are free again.
+        """
+        table = self._held(seq)
+        begin, inside = divmod(seq.cache_len, self.block_size)
+        if inside or seq.params.prompt_logprobs:
+            return
+        found = self._known(table.chain[begin : self._num_spared(seq)])
+        if not found:
+            return
+        end = begin + len(found)
+        for block in found:
+            self._counts[block] += 1
+            self._reusable.pop(block, None)
+        own = table.blocks[begin:end]
+        for block in reversed(own):
+            self._counts[block] = 0
+            self._blank.append(block)
+        table.blocks = [*table.blocks[:begin], *found, *table.blocks[end:]]
+        table.num_offered = end
+        self._spare(seq, len(found))
+
+    def next_block(self, seq: Sequence) -> bytes | None:
+        """What identifies the block that ``seq`` computes next; None if nobody could reuse it."""
+        chain, place = self._held(seq).chain, seq.cache_len // self.block_size
+        if seq.params.prompt_logprobs or place >= len(chain):
+            return None
+        return chain[place]
 
     def computed(self, seq: Sequence) -> None:
         """Register the prompt's blocks that are full by now; ``seq.cache_len`` has advanced."""
@@ -145,7 +180,7 @@ class PagedCache:
         table = self._held(seq)
         for block in table.blocks:
             self._withdraw(block)
-        table.num_offered = len(table.chain)  # what it computes from here on rests on them
+        table.chain = []  # what it computes from here on rests on them
 
     def free(self, seq: Sequence) -> None:
         """Take a sequence's slot and blocks back."""
@@ -208,29 +243,36 @@ class PagedCache:
     def _num_needed(self, seq: Sequence) -> int:
         return -(-(seq.num_prompt_tokens + seq.params.max_tokens) // self.block_size)
 
+    def _num_spared(self, seq: Sequence) -> int:
+        """How many full blocks a prompt may be spared: at least one token is left to compute."""
+        return (seq.num_prompt_tokens - 1) // self.block_size
+
     def _shared(self, seq: Sequence) -> list[int]:
         """The registered blocks that a prompt begins with, if they leave it a token to compute."""
-        blocks: list[int] = []
         if seq.params.prompt_logprobs:  # whose rows must all be computed
-            return blocks
-        for digest in self._chain(seq)[: (seq.num_prompt_tokens - 1) // self.block_size]:
+            return []
+        return self._known(self._chain(seq)[: self._num_spared(seq)])
+
+    def _known(self, chain: list[bytes]) -> list[int]:
+        """The registered blocks of a chain, up to the first that isn't."""
+        blocks: list[int] = []
+        for digest in chain:
             if digest not in self._registered:
                 break
             blocks.append(self._registered[digest])
         return blocks
 
+    def _spare(self, seq: Sequence, num_blocks: int) -> None:
+        """Count blocks that a prompt needn't compute, and move it over them."""
+        num_tokens = num_blocks * self.block_size
+        self.num_prefix_hits += seq.num_reused == 0 < num_tokens
+        self.num_reused_tokens += num_tokens
+        seq.num_reused += num_tokens
+        seq.cache_len += num_tokens
+
     def _chain(self, seq: Sequence) -> list[bytes]:
-        """For each full block of a prompt, a hash of its tokens and of all before them."""
-        if not self._share_prefixes:
-            return []
-        if self._last_chain is None or self._last_chain[0] is not seq:
-            size, chain, digest = self.block_size, list[bytes](), b""
-            for end in range(size, seq.num_prompt_tokens + 1, size):
-                tokens = array("q", seq.token_ids[end - size : end]).tobytes()
-                digest = blake2b(digest + tokens, digest_size=32).digest()
-                chain.append(digest)
-            self._last_chain = seq, chain
-        return self._last_chain[1]
+        """What identifies each full block of a prompt; nothing if none is shared."""
+        return block_hashes(seq, self.block_size) if self._share_prefixes else []
 
     def _take_block(self) -> int:
         """A block for new content; the least recently used registered one if there is no other."""

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
+from typing import Literal
 
 from llama_runtime.contract import MAX_TOP_LOGPROBS
 from llama_runtime.errors import RequestError
@@ -15,13 +16,15 @@ MAX_SAMPLES = 128
 MAX_BIASED = 1024  # entries of logit_bias
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_PRIORITY = 100
+MAX_NAME_CHARACTERS = 256  # of a caller or a salt
 # Seeds that we draw ourselves stay below 2^53, so every JSON reader keeps their last digits.
 DRAWN_SEED_BITS = 53
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are chosen, and when it ends.
+    """How the tokens of one request are chosen, when it ends, and what it may expect of others.
 
     A row of logits goes through these in order, where they are on; the meaning is that of
     ``transformers``' processors, and of OpenAI's API for the two penalties it lacks:
@@ -57,6 +60,19 @@ class SamplingParams:
         top_logprobs: report that many of the likeliest tokens at each place too, 0 to 20; needs
             ``logprobs`` or ``prompt_logprobs``.
         prompt_logprobs: report the log-probabilities of the prompt's tokens.
+        speculation: "on" guesses the next tokens from what the prompt and the completion hold
+            already, and has one step verify them all: the same distribution in fewer steps where a
+            text repeats itself, as in summaries and edits. What is drawn is the same but for
+            near-ties, because a step of several tokens rounds differently. "auto" does so only
+            where no ``seed`` is given and the backend can; "off" never.
+        priority: -100 to 100; who has a lower one gets a slot sooner. Each counts as ten seconds
+            of waiting, so nobody waits for ever.
+        deadline: seconds from its arrival after which it ends with a ``DeadlineError``, wherever it
+            is; until then it is preferred as its deadline comes near. None for none.
+        caller: whose request it is. Callers share the slots evenly, whatever each has waiting;
+            requests without a name share with those of the same call only.
+        cache_salt: requests share computed prompts only with those of the same salt, so that no
+            tenant can tell by the time taken what another one asked.
 
     Raises:
         RequestError: a value is out of range; ``param`` names it.
@@ -81,6 +97,11 @@ class SamplingParams:
     logprobs: bool = False
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    speculation: Literal["off", "on", "auto"] = "off"
+    priority: int = 0
+    deadline: float | None = None
+    caller: str | None = None
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
@@ -110,6 +131,17 @@ class SamplingParams:
             raise RequestError(
                 "top_logprobs needs logprobs or prompt_logprobs to be true", param="top_logprobs"
             )
+        if self.speculation not in ("off", "on", "auto"):
+            raise RequestError(
+                f"speculation must be off, on or auto, not {self.speculation!r:.80}",
+                param="speculation",
+            )
+        _check_int("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        if self.deadline is not None:
+            _check_float("deadline", self.deadline, 0.0, 1e9)
+        if self.caller is not None:
+            _check_name("caller", self.caller)
+        _check_name("cache_salt", self.cache_salt)
 
     @property
     def greedy(self) -> bool:
@@ -129,6 +161,11 @@ class SamplingParams:
             or self.presence_penalty != 0
             or self.frequency_penalty != 0
         )
+
+    @property
+    def speculates(self) -> bool:
+        """Whether next tokens are guessed, where the backend can verify them."""
+        return self.speculation == "on" or (self.speculation == "auto" and self.seed is None)
 
 
 OPTIONS = tuple(option.name for option in fields(SamplingParams))
@@ -167,6 +204,24 @@ def _check_float(param: str, value: object, low: float, high: float) -> None:
         raise RequestError(
             f"{param} must lie in {low:g} to {high:g}, not {_shown(value)}", param=param
         )
+
+
+def _check_name(param: str, value: object) -> None:
+    if not isinstance(value, str) or len(value) > MAX_NAME_CHARACTERS or not _is_text(value):
+        raise RequestError(
+            f"{param} must be a text of at most {MAX_NAME_CHARACTERS} characters, not "
+            f"{value!r:.80}",
+            param=param,
+        )
+
+
+def _is_text(value: str) -> bool:
+    """Whether it holds no half of a surrogate pair, which is no character."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _shown(value: float) -> str:
@@ -221,10 +276,8 @@ def _stops(value: object) -> tuple[str, ...]:
                 f"stop must hold texts of 1 to {MAX_STOP_CHARACTERS} characters, not {len(text)}",
                 param="stop",
             )
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
+        if not _is_text(text):
             raise RequestError(
                 "stop holds half of a surrogate pair, which is no character", param="stop"
-            ) from None
+            )
     return tuple(found)

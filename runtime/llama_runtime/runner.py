@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from llama_runtime.backends.base import Backend, Outcome
+from llama_runtime.contract import MAX_DRAFT
 from llama_runtime.sampler import Sampler
 from llama_runtime.sampling import Logits
 from llama_runtime.scheduler import Chunk
@@ -37,6 +38,7 @@ class HostRunner:
     """
 
     overlaps = False
+    verifies = True
 
     def __init__(self, backend: Backend, step_batch: StepBatch, sampler: Sampler) -> None:
         self._backend = backend
@@ -48,14 +50,13 @@ class HostRunner:
         step = self._step_batch.build(chunks)
         logits = self._backend.run(step)
         scored = self._score_prompts(step, logits)
-        sampled = [chunk.seq for chunk in chunks if chunk.samples]
-        token_ids, logprobs = self._sampler.sample(logits[: step.num_logits], sampled)
+        token_ids, logprobs = self._sampler.sample(logits[: step.num_logits], chunks)
         return Done(Outcome(token_ids, logprobs, scored))
 
     def clean(self, seq: Sequence) -> None:
         """See ``Runner.clean``."""
         if seq.slot is not None:
-            self._backend.clean(seq.slot, seq.num_tokens)
+            self._backend.clean(seq.slot, seq.num_tokens + MAX_DRAFT)
 
     def close(self) -> None:
         """See ``Runner.close``."""

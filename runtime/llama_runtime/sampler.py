@@ -6,12 +6,14 @@ slot, the batch, the neighbours or the step of admission.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 
 import numpy as np
 
 from llama_runtime.sampling import Int64s, Kernels, Logits, Scores, uniform
+from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence, TokenLogprob
 from llama_runtime.stopping import end_token_ids
 
@@ -29,31 +31,36 @@ class Sampler:
         self._eos_token_ids = eos_token_ids
 
     def sample(
-        self, logits: Logits, seqs: Seq[Sequence]
+        self, logits: Logits, chunks: Seq[Chunk]
     ) -> tuple[list[int], list[TokenLogprob | None]]:
-        """The next token of each sequence.
+        """The next token of each sequence, and the one after each guess.
 
         Args:
-            logits: [R, V], row i belonging to the i-th sequence, those of one kind together; bias
-                and penalties are written into them.
-            seqs: the sequences.
+            logits: [R, V], ``Chunk.num_sampled`` rows of each chunk, in order; bias and penalties
+                are written into them.
+            chunks: those of sequences of one kind together.
 
         Returns:
             Token ids, ``NOT_FINITE`` where a row has a NaN or no finite maximum; and for each its
             log-probability, None where it isn't asked for.
         """
-        params = [seq.params for seq in seqs]
+        # Of each row, its sequence and how many guesses lie before it.
+        places = [(chunk, ahead) for chunk in chunks for ahead in range(chunk.num_sampled)]
+        params = [chunk.seq.params for chunk, _ in places]
         scored = [i for i, of_row in enumerate(params) if of_row.logprobs]
         untouched = logits[scored] if scored else logits[:0]
-        for i, seq in enumerate(seqs):
-            if seq.edited:
-                edit(logits[i], seq, self._eos_token_ids)
+        for i, (chunk, ahead) in enumerate(places):
+            if chunk.seq.edited:
+                with guessed(chunk.seq, chunk.draft[:ahead]):
+                    edit(logits[i], chunk.seq, self._eos_token_ids, ahead)
         numbers = [
-            0.0 if seq.params.greedy else uniform(seq.seed, seq.sample, seq.draw_index)
-            for seq in seqs
+            0.0
+            if chunk.seq.params.greedy
+            else uniform(chunk.seq.seed, chunk.seq.sample, chunk.seq.draw_index + ahead)
+            for chunk, ahead in places
         ]
         tokens = self._kernels.choose(logits, params, numbers)
-        logprobs: list[TokenLogprob | None] = [None] * len(seqs)
+        logprobs: list[TokenLogprob | None] = [None] * len(places)
         if scored:
             counts = [params[i].top_logprobs for i in scored]
             for i, logprob in zip(
@@ -81,10 +88,26 @@ class Sampler:
         ]
 
 
-def edit(row: Logits, seq: Sequence, eos_token_ids: Collection[int]) -> None:
+@contextmanager
+def guessed(seq: Sequence, draft: Seq[int]) -> Iterator[None]:
+    """Count guesses as tokens of a sequence's completion, for a while."""
+    if seq.counts is None or not draft:
+        yield
+        return
+    for token_id in draft:
+        seq.counts.add(token_id)
+    try:
+        yield
+    finally:
+        for token_id in reversed(draft):
+            seq.counts.remove(token_id)
+
+
+def edit(row: Logits, seq: Sequence, eos_token_ids: Collection[int], ahead: int = 0) -> None:
     """Bias, penalties and the least length, written into a row of logits [V].
 
-    The order, and what each means, is told by ``SamplingParams``.
+    The order, and what each means, is told by ``SamplingParams``. ``ahead`` tokens are guessed
+    beyond those that the sequence has.
     """
     params = seq.params
     if params.logit_bias:
@@ -98,5 +121,5 @@ def edit(row: Logits, seq: Sequence, eos_token_ids: Collection[int]) -> None:
         values -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
         values -= np.float32(params.presence_penalty) * (counts > 0)
         row[ids] = values
-    if seq.num_completion_tokens < params.min_tokens:
+    if seq.num_completion_tokens + ahead < params.min_tokens:
         row[[i for i in end_token_ids(seq, eos_token_ids) if i < len(row)]] = -np.inf

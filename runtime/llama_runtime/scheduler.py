@@ -1,27 +1,31 @@
 """Which tokens of which sequences run in the next step.
 
-Continuous batching: a sequence that ends gives its slot to the next one in the same run. A step
-either decodes one token of every sequence whose prompt is in the cache, or runs chunks of prompts;
-the two take turns while there is something for both. So streams wait for one step of prompts at
-most, the oldest prompt moves in each of those, and none waits for a later one's: a short prompt may
-still be through before a long one, with what that one can't use of the budget.
+Continuous batching: a sequence that ends gives its slot to the next one in the same run. A step is
+of one of three kinds, which take turns while there is something for each: it decodes one token of
+every sequence whose prompt is in the cache, or verifies what is guessed of those that speculate, or
+runs chunks of prompts. So streams wait for one step of prompts at most, which is short while
+anybody watches them; the oldest prompt moves in each of those, and none waits for a later one's: a
+short prompt may still be through before a long one, with what that one can't use of the budget.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Protocol
 
 from llama_runtime.contract import (
     CHUNK_MULTIPLE,
     MAX_CELLS,
     MAX_CHUNK,
+    MAX_DRAFT,
     MIN_CHUNK,
     last_chunk_start,
     max_logits_rows,
 )
 from llama_runtime.sequence import Sequence
+from llama_runtime.waiting import WaitingQueue
 
 
 class Chunk:
@@ -30,17 +34,27 @@ class Chunk:
     Args:
         seq: a running sequence.
         num_tokens: how many of its tokens, from ``seq.cache_len`` on, run in this step.
+        draft: guesses at the tokens after the newest one, which run too.
 
     Attributes:
-        samples: whether the chunk ends at the newest token, so that the next one is drawn from it.
+        num_tokens: how many tokens run, guesses included.
+        num_sampled: how many of its last rows a token is drawn from: none unless the chunk holds
+            the newest token; else that one's and those of the guesses.
     """
 
-    __slots__ = ("num_tokens", "samples", "seq")
+    __slots__ = ("draft", "num_sampled", "num_tokens", "seq")
 
-    def __init__(self, seq: Sequence, num_tokens: int) -> None:
+    def __init__(self, seq: Sequence, num_tokens: int, draft: Seq[int] = ()) -> None:
         self.seq = seq
-        self.num_tokens = num_tokens
-        self.samples = seq.cache_len + num_tokens == len(seq.token_ids) + seq.num_pending
+        self.draft = draft
+        self.num_tokens = num_tokens + len(draft)
+        reaches_newest = seq.cache_len + num_tokens == len(seq.token_ids) + seq.num_pending
+        self.num_sampled = 1 + len(draft) if reaches_newest else 0
+
+    @property
+    def samples(self) -> bool:
+        """Whether a token is drawn from it."""
+        return self.num_sampled > 0
 
     @property
     def num_scored(self) -> int:
@@ -54,6 +68,8 @@ class KVCache(Protocol):
     """Who owns which part of the cache; ``SlotCache`` and ``PagedCache``."""
 
     num_slots: int
+    num_reused_tokens: int  # prompt tokens that needn't be computed, since the start
+    num_prefix_hits: int  # sequences that were spared some
 
     @property
     def num_free(self) -> int:
@@ -64,6 +80,12 @@ class KVCache(Protocol):
 
     def allocate(self, seq: Sequence) -> None:
         """Give a sequence its slot and all the cells that it may ever need."""
+
+    def reuse(self, seq: Sequence) -> None:
+        """Move ``seq.cache_len`` over what others have computed of its prompt by now."""
+
+    def next_block(self, seq: Sequence) -> bytes | None:
+        """What identifies the block that ``seq`` computes next; None if nobody could reuse it."""
 
     def computed(self, seq: Sequence) -> None:
         """Learn that a step which fills the cache up to ``seq.cache_len`` has been launched."""
@@ -84,6 +106,9 @@ class Scheduler:
     Args:
         cache: what running sequences hold.
         prompt_budget: the most prompt tokens of one step, so many that one always moves.
+        stream_budget: the most while anybody reads tokens as they come, or twice as many as
+            sequences decode if that is more: a step costs no more for a prompt's token than for a
+            decoded one, so no gap between two tokens is longer than about three steps that decode.
         max_chunk: the most tokens of one prompt in one step.
         refill: whether a freed slot is given away before all others are free too; False gives
             the fixed batches that continuous batching is measured against.
@@ -92,7 +117,13 @@ class Scheduler:
         max_cells: the most cells of a step of prompts, from its lowest slot to its highest; None
             where a dialect has none.
         max_prompts: the most prompts of which one step runs chunks; None where it may be any.
-        max_logits: the most rows of logits of a step of prompts; None for ``max_logits_rows``.
+        max_logits: the most rows of logits of a step of prompts, or of one that verifies; None for
+            ``max_logits_rows``.
+
+    Attributes:
+        waiting: those without a slot.
+        running: those with one, in order of admission.
+        limit: how many may run at once, at most the slots of the cache.
     """
 
     def __init__(
@@ -101,6 +132,7 @@ class Scheduler:
         *,
         prompt_budget: int,
         max_chunk: int,
+        stream_budget: int | None = None,
         refill: bool = True,
         cut: Callable[[int, int, int], int] | None = None,
         max_cells: int | None = MAX_CELLS,
@@ -111,6 +143,8 @@ class Scheduler:
             raise ValueError(f"max_chunk must lie in {MIN_CHUNK} to {MAX_CHUNK}, not {max_chunk}")
         if cut is None and prompt_budget < MIN_CHUNK:
             raise ValueError(f"prompt_budget must be at least {MIN_CHUNK}, not {prompt_budget}")
+        self.limit = cache.num_slots
+        self._stream_budget = prompt_budget if stream_budget is None else stream_budget
         self._cut = cut or next_chunk
         self._max_cells = max_cells
         self._max_prompts = max_prompts
@@ -119,19 +153,31 @@ class Scheduler:
         self.prompt_budget = prompt_budget
         self.max_chunk = max_chunk
         self.refill = refill
-        # In order of arrival, and each found at once: thousands may wait, and be given up.
-        self.waiting: OrderedDict[Sequence, None] = OrderedDict()
-        self.running: list[Sequence] = []  # in order of admission
-        self._prompts_turn = True
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []
+        self._turns = deque([self._prompt_chunks, self._decoding_chunks, self._verifying_chunks])
+        self._left_out: Sequence | None = None  # of a step that verified, so first in the next one
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a sequence that is added now would run in the next step, memory allowing."""
+        free = self.cache.num_free > 0 and len(self.running) < self.limit
+        return free and not self.waiting
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
-        self.waiting[seq] = None
+        self.waiting.add(seq)
+
+    def start(self, seq: Sequence, now: float) -> None:
+        """Give a sequence its slot, which waits here or somewhere else."""
+        self.cache.allocate(seq)
+        self.waiting.grant(seq, now)
+        self.running.append(seq)
 
     def remove(self, seq: Sequence) -> None:
         """Forget a sequence that ended, wherever it is, and free what it holds."""
         if seq.slot is None:
-            del self.waiting[seq]
+            self.waiting.remove(seq)
         else:
             self.withdraw(seq)
             self.cache.free(seq)
@@ -139,32 +185,90 @@ class Scheduler:
     def withdraw(self, seq: Sequence) -> None:
         """Let a running sequence run no more; what it holds stays its own."""
         self.running.remove(seq)
+        self.waiting.release(seq)
 
-    def schedule(self) -> list[Chunk]:
-        """The chunks of the next step; empty only if nothing runs or waits."""
-        self._admit()
-        decoding = [Chunk(seq, 1) for seq in self.running if seq.decodes and not seq.is_full]
-        prompts = [] if decoding and not self._prompts_turn else self._prompt_chunks()
-        self._prompts_turn = not prompts
-        return prompts or decoding
+    def schedule(self, now: float = 0.0) -> list[Chunk]:
+        """The chunks of the next step; empty only if nothing runs or waits.
+
+        Args:
+            now: the time, in seconds.
+        """
+        self._admit(now)
+        for _ in range(len(self._turns)):
+            chunks = self._turns[0]()
+            self._turns.rotate(-1)
+            if chunks:
+                return chunks
+        return []
+
+    def _decoding_chunks(self) -> list[Chunk]:
+        """The newest token of every sequence that decodes and doesn't speculate."""
+        streams = (seq for seq in self.running if seq.decodes and seq.lookup is None)
+        return [Chunk(seq, 1) for seq in streams if not seq.is_full]
+
+    def _verifying_chunks(self) -> list[Chunk]:
+        """The newest token and guesses at what follows it, of those that speculate.
+
+        Those that don't fit come first in the next step of this kind. How much is guessed is never
+        less for lack of room: it may depend on the sequence alone.
+        """
+        streams = [
+            seq
+            for seq in self.running
+            if seq.lookup is not None and seq.decodes and not seq.num_pending
+        ]
+        if self._left_out in streams:
+            first = streams.index(self._left_out)
+            streams = streams[first:] + streams[:first]
+        self._left_out = None
+        chunks: list[Chunk] = []
+        logits_rows, cells = self._logits_rows, _Cells(self._max_cells, width=2)  # at least
+        for seq in streams:
+            most = min(MAX_DRAFT, seq.max_tokens - seq.num_tokens - 1)
+            chunk = Chunk(seq, 1, seq.lookup.draft(most) if seq.lookup else ())
+            logits_rows -= chunk.num_sampled
+            if logits_rows < 0 or not cells.take(chunk):
+                self._left_out = seq
+                break
+            chunks.append(chunk)
+        return chunks
+
+    @property
+    def _logits_rows(self) -> int:
+        return self._max_logits or max_logits_rows(self.cache.num_slots)
+
+    @property
+    def _budget(self) -> int:
+        """The most prompt tokens of the next step."""
+        streams = [seq for seq in self.running if seq.decodes and not seq.is_full]
+        if not any(seq.streamed for seq in streams):
+            return self.prompt_budget
+        return min(self.prompt_budget, max(self._stream_budget, 2 * len(streams)))
 
     def _prompt_chunks(self) -> list[Chunk]:
-        """Chunks of the oldest prompts, as many as the budget and the cells of a step hold."""
+        """Chunks of the oldest prompts, as many as the budget and the cells of a step hold.
+
+        A prompt whose next tokens another one of this step computes waits for them.
+        """
         chunks: list[Chunk] = []
-        budget, width, low, high = self.prompt_budget, 0, self.cache.num_slots, 0
-        logits_rows = self._max_logits or max_logits_rows(self.cache.num_slots)
+        begun: set[bytes] = set()
+        budget, logits_rows, cells = self._budget, self._logits_rows, _Cells(self._max_cells)
         for seq in self.running:
             if seq.decodes or seq.slot is None:
                 continue
+            self.cache.reuse(seq)
+            block = self.cache.next_block(seq)
+            if block is not None:
+                if block in begun:
+                    continue
+                begun.add(block)
             limit = min(budget, self.max_chunk)
             if seq.params.prompt_logprobs:
                 limit = min(limit, logits_rows)
             num_tokens = self._cut(seq.cache_len, seq.num_prompt_tokens, limit)
-            width, low, high = max(width, num_tokens), min(low, seq.slot), max(high, seq.slot)
             chunk = Chunk(seq, num_tokens)
-            logits_rows -= chunk.num_scored + chunk.samples
-            cells = (high - low + 1) * width if self._max_cells else 0
-            if num_tokens == 0 or cells > (self._max_cells or 0) or logits_rows < 0:
+            logits_rows -= chunk.num_scored + chunk.num_sampled
+            if num_tokens == 0 or logits_rows < 0 or not cells.take(chunk):
                 break  # a later prompt must not overtake this one
             chunks.append(chunk)
             if len(chunks) == self._max_prompts:
@@ -172,13 +276,35 @@ class Scheduler:
             budget -= num_tokens
         return chunks
 
-    def _admit(self) -> None:
+    def _admit(self, now: float) -> None:
         if not self.refill and self.running:
             return
-        while self.waiting and self.cache.fits(next(iter(self.waiting))):
-            seq, _ = self.waiting.popitem(last=False)
-            self.cache.allocate(seq)
-            self.running.append(seq)
+        while len(self.running) < self.limit:
+            seq = self.waiting.first()
+            if seq is None or not self.cache.fits(seq):
+                return  # nobody overtakes the first, which would starve behind smaller ones
+            self.start(seq, now)
+
+
+class _Cells:
+    """The cells of a step, [B, S], from its lowest slot to its highest.
+
+    Args:
+        most: how many there may be; None if it doesn't matter.
+        width: columns that there are at least.
+    """
+
+    def __init__(self, most: int | None, width: int = 1) -> None:
+        self._most = most
+        self._low, self._high, self._width = -1, -1, width
+
+    def take(self, chunk: Chunk) -> bool:
+        """Count a chunk; False if there are too many with it."""
+        slot = chunk.seq.slot or 0
+        self._low = slot if self._low < 0 else min(self._low, slot)
+        self._high = max(self._high, slot)
+        self._width = max(self._width, chunk.num_tokens)
+        return self._most is None or (self._high - self._low + 1) * self._width <= self._most
 
 
 def next_chunk(cache_len: int, num_prompt_tokens: int, limit: int) -> int:

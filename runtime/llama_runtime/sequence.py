@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from llama_runtime.detokenizer import Detokenizer
 from llama_runtime.params import SamplingParams
+from llama_runtime.prompt_lookup import PromptLookup
 from llama_runtime.stop_texts import StopTexts
 from llama_runtime.token_counts import TokenCounts
 
@@ -59,6 +61,13 @@ class Sequence:
         edited: whether its logits are changed before a token is chosen.
         scored: whether log-probabilities are asked for, of the prompt or of the completion.
         max_tokens: the most tokens it may have, prompt and completion.
+        caller: whose it is; see ``WaitingQueue``.
+        streamed: whether somebody reads its tokens as they come, and would see them stall.
+        arrived: when it was queued, by the engine's clock, in seconds.
+        deadline: when it has to have ended, by the same clock, or None.
+        lookup: guesses its next tokens; None where they aren't guessed.
+        block_hashes: of the full blocks of its prompt, once somebody asked; see ``prefixes``.
+        num_reused: prompt tokens that it was spared.
     """
 
     id: int
@@ -76,6 +85,13 @@ class Sequence:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    caller: Hashable = None
+    streamed: bool = False
+    arrived: float = 0.0
+    deadline: float | None = None
+    lookup: PromptLookup | None = None
+    block_hashes: list[bytes] | None = None
+    num_reused: int = 0
     counts: TokenCounts | None = field(init=False, default=None)
     edited: bool = field(init=False)
     scored: bool = field(init=False)
@@ -124,3 +140,5 @@ class Sequence:
         self.token_ids.append(token_id)
         if self.counts is not None:
             self.counts.add(token_id)
+        if self.lookup is not None:
+            self.lookup.add(token_id)

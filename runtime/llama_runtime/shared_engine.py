@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
-from llama_runtime.engine import TokenEvent
 from llama_runtime.engine_group import AnyEngine
 from llama_runtime.errors import CaravanError, RequestError
+from llama_runtime.events import BatchDecision, Counters, TokenEvent
 from llama_runtime.params import SamplingParams, fresh_seed
 from llama_runtime.sequence import Sequence
 
@@ -33,6 +33,8 @@ class Stats:
         finished: sequences that ended, for whatever reason.
         running: sequences that hold a slot.
         waiting: sequences that wait for one.
+        reused_tokens, prefix_hits, drafted_tokens, accepted_tokens, late, batch_limit,
+        batch_decisions: see ``Counters``.
     """
 
     prompt_tokens: int = 0
@@ -40,6 +42,18 @@ class Stats:
     finished: int = 0
     running: int = 0
     waiting: int = 0
+    reused_tokens: int = 0
+    prefix_hits: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    late: int = 0
+    batch_limit: int = 0
+    batch_decisions: tuple[BatchDecision, ...] = ()
+
+    def learn(self, counters: Counters) -> None:
+        """Take over what an engine has counted."""
+        for counted in fields(counters):
+            setattr(self, counted.name, getattr(counters, counted.name))
 
 
 class SharedEngine:
@@ -65,9 +79,16 @@ class SharedEngine:
         return self._engine.failure is not None
 
     def add(
-        self, prompt_token_ids: Seq[int], params: SamplingParams, inbox: Inbox
+        self,
+        prompt_token_ids: Seq[int],
+        params: SamplingParams,
+        inbox: Inbox,
+        *,
+        streamed: bool = False,
     ) -> list[Sequence]:
         """Queue the ``n`` sequences of a prompt, whose events go to ``inbox``; see ``Engine.add``.
+
+        Those that share an inbox are of one caller, unless ``params`` name another.
 
         Raises:
             CaravanError: this was closed, or the process is a fork of the one that loaded it.
@@ -77,12 +98,18 @@ class SharedEngine:
             raise RequestError(
                 f"params must be SamplingParams, not {type(params).__name__}", param="params"
             )
-        if params.seed is None:  # one for all of them
-            params = replace(params, seed=fresh_seed())
+        seed = fresh_seed()  # one for all of them
         with self._next():
             self._abort_dropped()
             seqs = [
-                self._engine.add(prompt_token_ids, params, sample=sample)
+                self._engine.add(
+                    prompt_token_ids,
+                    params,
+                    sample=sample,
+                    seed=seed,
+                    caller=id(inbox),
+                    streamed=streamed,
+                )
                 for sample in range(params.n)
             ]
             for seq in seqs:
@@ -120,6 +147,7 @@ class SharedEngine:
         self._check_process()
         with self._lock:
             self._abort_dropped()
+            self._stats.learn(self._engine.counters())
             running, waiting = self._engine.num_running, self._engine.num_waiting
             return replace(self._stats, running=running, waiting=waiting)
 

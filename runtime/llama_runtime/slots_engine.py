@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from llama_runtime.backends.base import Backend
+from llama_runtime.batch_sizer import BatchSizer
+from llama_runtime.contract import MIN_CHUNK
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
 from llama_runtime.kv_cache import SlotCache
+from llama_runtime.prefix_store import PrefixStore
 from llama_runtime.runner import HostRunner
 from llama_runtime.sampler import Sampler
 from llama_runtime.sampling import Kernels, Reference
@@ -25,9 +28,12 @@ def slots_engine(
     max_len: int,
     prompt_budget: int,
     max_chunk: int,
+    stream_budget: int = MIN_CHUNK,
+    num_prefix_blocks: int = 0,
     refill: bool = True,
     kernels: Kernels | None = None,
     ids: Iterator[int] | None = None,
+    batch_sizer: BatchSizer | None = None,
 ) -> Engine:
     """Make an engine.
 
@@ -40,14 +46,20 @@ def slots_engine(
         max_len: the most tokens of one sequence, prompt and completion.
         prompt_budget: the most prompt tokens of one step.
         max_chunk: the most prompt tokens of one sequence in one step.
+        stream_budget: see ``Scheduler``.
+        num_prefix_blocks: blocks of the backend in which the beginnings of prompts are kept for
+            others; 0 computes each prompt as a whole.
         refill: False gives fixed batches, for comparison.
         kernels: what chooses tokens; None computes in numpy.
         ids: see ``Engine``.
+        batch_sizer: see ``Engine``.
     """
+    prefixes = PrefixStore(num_prefix_blocks, backend) if num_prefix_blocks else None
     scheduler = Scheduler(
-        SlotCache(max_batch, max_len),
+        SlotCache(max_batch, max_len, prefixes),
         prompt_budget=prompt_budget,
         max_chunk=max_chunk,
+        stream_budget=stream_budget,
         refill=refill,
     )
     runner = HostRunner(
@@ -63,4 +75,5 @@ def slots_engine(
         vocab_size=vocab_size,
         max_len=max_len,
         ids=ids,
+        batch_sizer=batch_sizer,
     )

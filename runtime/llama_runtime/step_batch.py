@@ -24,8 +24,8 @@ class Step:
 
     Attributes:
         first_slot: the slot that the first of the B rows is; the others follow it.
-        num_logits: rows of the logits that are sampled from; the i-th belongs to the i-th chunk
-            that samples.
+        num_logits: rows of the logits that are sampled from, ``Chunk.num_sampled`` of each chunk,
+            in order.
         num_scored: rows after them that score the tokens of prompts, in order of the chunks; what
             follows pads R.
         chunks: what the rows are.
@@ -60,10 +60,11 @@ class StepBatch:
         row_multiple: int = MAX_ROW_MULTIPLE,
     ) -> None:
         self._row_multiple = row_multiple
-        num_rows = padded(max(num_slots, prompt_budget), row_multiple)
+        most_logits = max_logits_rows(num_slots)  # so many tokens has a step that verifies
+        num_rows = padded(max(prompt_budget, most_logits), row_multiple)
         self._input_ids = np.zeros(num_rows, np.int64)
         self._pack = np.zeros(num_rows, np.int64)
-        self._logits_rows = np.zeros(padded(max_logits_rows(num_slots), row_multiple), np.int64)
+        self._logits_rows = np.zeros(padded(most_logits, row_multiple), np.int64)
         self._unpack = np.zeros(max(num_slots, MAX_CELLS), np.int64)
         self._seqlens_k = np.zeros(num_slots, np.int32)
         self._query_seqlens = np.zeros(num_slots, np.int32)
@@ -73,13 +74,16 @@ class StepBatch:
     def build(self, chunks: Seq[Chunk]) -> Step:
         """The arrays that run the given chunks, of which there is at least one.
 
-        A step that decodes covers all slots, so that its shapes are few. One of prompts covers
-        those from the lowest to the highest in it, because each costs as many cells as the longest
-        chunk. A slot without a chunk is inactive. Padded cells and dummy rows read row 0; they
-        write no cache and their results are dropped.
+        A step that decodes covers all slots, so that its shapes are few. Another one covers those
+        from the lowest to the highest in it, because each costs as many cells as the longest chunk.
+        One that verifies has two columns at least, so that it is the same kernel whether anything
+        is guessed or not. A slot without a chunk is inactive. Padded cells and dummy rows read row
+        0; they write no cache and their results are dropped.
         """
         slots, starts, counts = np.array([_place(chunk) for chunk in chunks]).T
         width, first, num_slots = int(counts.max()), 0, len(self._seqlens_k)
+        if any(chunk.seq.lookup is not None for chunk in chunks):
+            width = max(width, 2)
         if width > 1:
             first = int(slots.min())
             num_slots = int(slots.max()) - first + 1
@@ -106,7 +110,9 @@ class StepBatch:
         unpack[cells] = rows
 
         sampled = [
-            end - 1 for chunk, end in zip(chunks, ends.tolist(), strict=True) if chunk.samples
+            row
+            for chunk, end in zip(chunks, ends.tolist(), strict=True)
+            for row in range(end - chunk.num_sampled, end)
         ]
         scored = [
             row
@@ -117,7 +123,8 @@ class StepBatch:
         logits_rows = self._logits_rows[:num_heads]
         logits_rows.fill(0)
         logits_rows[: len(sampled) + len(scored)] = sampled + scored
-        self._total[...] = seqlens_k.max() + 1
+        # One token in two columns: attention wants no fewer than there are columns.
+        self._total[...] = max(int(seqlens_k.max()) + 1, width)
         return Step(
             input_ids=input_ids,
             logits_rows=logits_rows,
@@ -143,7 +150,7 @@ def _place(chunk: Chunk) -> tuple[int, int, int]:
 
 def _token_ids(chunk: Chunk) -> list[int]:
     start = chunk.seq.cache_len
-    return chunk.seq.token_ids[start : start + chunk.num_tokens]
+    return [*chunk.seq.token_ids[start : start + chunk.num_tokens - len(chunk.draft)], *chunk.draft]
 
 
 def padded(count: int, multiple: int) -> int:

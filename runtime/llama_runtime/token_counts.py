@@ -15,11 +15,12 @@ class TokenCounts:
         prompt: the prompt's tokens.
     """
 
-    __slots__ = ("_completion", "_ids", "_places")
+    __slots__ = ("_completion", "_ids", "_num_in_prompt", "_places")
 
     def __init__(self, prompt: Iterable[int]) -> None:
         distinct = dict.fromkeys(prompt)
         self._places = {token_id: place for place, token_id in enumerate(distinct)}
+        self._num_in_prompt = len(distinct)
         room = max(16, 2 * len(distinct))
         self._ids = np.zeros(room, np.int64)
         self._ids[: len(distinct)] = list(distinct)
@@ -33,6 +34,13 @@ class TokenCounts:
             self._completion = np.concatenate([self._completion, np.zeros_like(self._completion)])
         self._ids[place] = token_id
         self._completion[place] += 1
+
+    def remove(self, token_id: int) -> None:
+        """Take back the last ``add``."""
+        place = self._places[token_id]
+        self._completion[place] -= 1
+        if place >= self._num_in_prompt and not self._completion[place]:
+            del self._places[token_id]  # the last place, which it had been given
 
     @property
     def token_ids(self) -> npt.NDArray[np.int64]:

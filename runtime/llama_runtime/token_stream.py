@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from types import TracebackType
 
-from llama_runtime.engine import TokenEvent
+from llama_runtime.events import TokenEvent
 from llama_runtime.sequence import Sequence, TokenLogprob
 from llama_runtime.shared_engine import Inbox, SharedEngine
 

@@ -14,16 +14,15 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from queue import SimpleQueue
 
 from llama_runtime.admission import Accepted, Admission, Deliver, Message, Ticket, settle
-from llama_runtime.engine import TokenEvent
 from llama_runtime.engine_group import AnyEngine
 from llama_runtime.errors import BackendError, CaravanError, RequestError
-from llama_runtime.params import SamplingParams
+from llama_runtime.events import TokenEvent
+from llama_runtime.params import SamplingParams, fresh_seed
 from llama_runtime.sequence import Sequence
 from llama_runtime.shared_engine import Stats
 
@@ -98,12 +97,16 @@ class Worker:
         self.check_process()
         return self.admission.open(deliver, None, waits=False)
 
-    def admit(self, deliver: Deliver, within: Ticket | None = None) -> Ticket:
+    def admit(
+        self, deliver: Deliver, within: Ticket | None = None, *, streamed: bool = False
+    ) -> Ticket:
         """Give a request its place in the queue, before its prompt becomes tokens.
 
         Args:
             deliver: takes its messages, mostly on the worker's thread.
-            within: the call that it belongs to, which goes on while this drains.
+            within: the call that it belongs to, which goes on while this drains. Its requests are
+                of one caller, unless their parameters name another.
+            streamed: whether somebody reads its tokens as they come.
 
         Returns:
             What ``submit`` takes; ``cancel`` gives the place back.
@@ -114,7 +117,7 @@ class Worker:
             CaravanError: this drains or is closed, or the process is a fork.
         """
         self.check_process()
-        return self.admission.open(deliver, within, waits=True)
+        return self.admission.open(deliver, within, waits=True, streamed=streamed)
 
     def submit(self, ticket: Ticket, token_ids: Seq[int], params: SamplingParams) -> None:
         """Say what an admitted request is. What the engine has against it comes as a message.
@@ -212,7 +215,7 @@ class Worker:
             return
         added: list[Sequence] = []
         try:
-            self._add_samples(added, token_ids, params)
+            self._add_samples(added, ticket, token_ids, params)
         except CaravanError as error:
             for seq in added:
                 self._engine.abort(seq.id)
@@ -228,14 +231,25 @@ class Worker:
         self._tell(ticket, Accepted(ticket.sequences))
 
     def _add_samples(
-        self, added: list[Sequence], token_ids: Seq[int], params: SamplingParams
+        self,
+        added: list[Sequence],
+        ticket: Ticket,
+        token_ids: Seq[int],
+        params: SamplingParams,
     ) -> None:
         """Samples of one request share a seed, and differ in their index."""
+        seed = fresh_seed()
         try:
             for sample in range(_samples(params)):
-                added.append(self._engine.add(token_ids, params, sample=sample))
-                if params.seed is None:
-                    params = replace(params, seed=added[0].seed)
+                seq = self._engine.add(
+                    token_ids,
+                    params,
+                    sample=sample,
+                    seed=seed,
+                    caller=id(ticket.caller or ticket),
+                    streamed=ticket.streamed,
+                )
+                added.append(seq)
         except CaravanError:
             raise
         except Exception as error:  # what one request holds must not harm the others
@@ -268,13 +282,16 @@ class Worker:
 
     def _count(self, events: Seq[TokenEvent]) -> None:
         """Bring the counters up to date, before anybody hears of the step."""
-        # Slots are given in order of arrival, so those that got one come first.
         num_started = len(self._without_slot) - self._engine.num_waiting
-        started = list(islice(self._without_slot.values(), num_started))
+        had_one = (
+            seq for seq in self._without_slot.values() if seq.slot is not None or seq.finish_reason
+        )
+        started = list(islice(had_one, num_started))  # mostly those that came first
         for seq in started:
             del self._without_slot[seq.id]
         self.admission.count(
             running=self._engine.num_running,
+            counters=self._engine.counters(),
             started=[self._owners[seq.id] for seq in started],
             completion_tokens=sum(event.token_id is not None for event in events),
             finished=sum(event.finish_reason is not None for event in events),

@@ -22,7 +22,8 @@ class Outcome(NamedTuple):
     """What a step came to.
 
     Attributes:
-        token_ids: of each chunk that samples, in order; ``NOT_FINITE`` where the logits allow none.
+        token_ids: ``Chunk.num_sampled`` of each chunk, in order; ``NOT_FINITE`` where the logits
+            allow none.
         logprobs: of the same, None where they aren't asked for.
         prompt_logprobs: for each chunk, those of the prompt's tokens that follow its rows; empty
             where none are asked for.
@@ -54,6 +55,10 @@ class Runner(Protocol):
     @property
     def overlaps(self) -> bool:
         """Whether a step may be launched before the last one's outcome is known."""
+
+    @property
+    def verifies(self) -> bool:
+        """Whether it takes chunks with guesses."""
 
     def launch(self, chunks: Seq[Chunk]) -> Launched:
         """Begin a step; those of one ``Sequence.kind`` lie together.
@@ -94,6 +99,12 @@ class Backend(Protocol):
 
         What isn't a number stays none when it is multiplied by 0, so attention must not meet it.
         """
+
+    def save_block(self, slot: int, start: int, block: int) -> None:
+        """Copy ``CHUNK_MULTIPLE`` tokens of a slot, from ``start`` on, into a block outside it."""
+
+    def load_block(self, slot: int, start: int, block: int) -> None:
+        """Copy a block to where its tokens belong in a slot."""
 
     def close(self) -> None:
         """Give back what the backend holds; it can't run afterwards."""

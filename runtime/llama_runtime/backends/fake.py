@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from llama_runtime.contract import MAX_ROW_MULTIPLE
+from llama_runtime.contract import CHUNK_MULTIPLE, MAX_ROW_MULTIPLE
 from llama_runtime.errors import BackendError
 from llama_runtime.step_batch import Step
 
@@ -24,12 +24,16 @@ class Fake:
         num_slots: B.
         capacity: C.
         vocab_size: V.
+        num_prefix_blocks: blocks that are kept outside the slots.
     """
 
     row_multiple = MAX_ROW_MULTIPLE
 
-    def __init__(self, num_slots: int, capacity: int, vocab_size: int) -> None:
+    def __init__(
+        self, num_slots: int, capacity: int, vocab_size: int, *, num_prefix_blocks: int = 0
+    ) -> None:
         self._cache = np.full((num_slots, capacity), -1, np.int64)
+        self._blocks = np.full((num_prefix_blocks, CHUNK_MULTIPLE), -1, np.int64)
         self._noise = np.random.default_rng(0).standard_normal(2 * vocab_size).astype(np.float32)
         self._vocab_size = vocab_size
 
@@ -60,6 +64,14 @@ class Fake:
     def clean(self, slot: int, num_tokens: int) -> None:
         """See ``Backend.clean``."""
         self._cache[slot, :num_tokens] = -1
+
+    def save_block(self, slot: int, start: int, block: int) -> None:
+        """See ``Backend.save_block``."""
+        self._blocks[block] = self._cache[slot, start : start + CHUNK_MULTIPLE]
+
+    def load_block(self, slot: int, start: int, block: int) -> None:
+        """See ``Backend.load_block``."""
+        self._cache[slot, start : start + CHUNK_MULTIPLE] = self._blocks[block]
 
     def close(self) -> None:
         """See ``Backend.close``."""

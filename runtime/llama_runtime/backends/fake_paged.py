@@ -40,6 +40,7 @@ class FakePaged:
     """
 
     overlaps = True
+    verifies = False
 
     def __init__(self, cache: PagedCache, prompt_budget: int, vocab_size: int) -> None:
         self._cache = cache

@@ -72,6 +72,14 @@ class Faulty:
         """See ``Backend.clean``."""
         self._backend.clean(slot, num_tokens)
 
+    def save_block(self, slot: int, start: int, block: int) -> None:
+        """See ``Backend.save_block``."""
+        self._backend.save_block(slot, start, block)
+
+    def load_block(self, slot: int, start: int, block: int) -> None:
+        """See ``Backend.load_block``."""
+        self._backend.load_block(slot, start, block)
+
     def close(self) -> None:
         """See ``Backend.close``."""
         self._backend.close()
@@ -86,7 +94,7 @@ class Faulty:
 
     def _struck_rows(self, step: Step) -> list[int]:
         """The rows of logits that the step's fault is about."""
-        sampled = [chunk.seq.id for chunk in step.chunks if chunk.samples]
+        sampled = [chunk.seq.id for chunk in step.chunks for _ in range(chunk.num_sampled)]
         scored = [chunk.seq.id for chunk in step.chunks for _ in range(chunk.num_scored)]
         owners = sampled + scored
         return [i for i, owner in enumerate(owners) if self._victim in (None, owner)]

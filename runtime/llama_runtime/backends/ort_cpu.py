@@ -11,6 +11,7 @@ import numpy.typing as npt
 from llama_runtime.backends.ort_library import check_signature, import_library
 from llama_runtime.backends.row_probe import PROBE_CAPACITY, PROBE_SLOTS, least_row_multiple
 from llama_runtime.contract import (
+    CHUNK_MULTIPLE,
     MAX_ROW_MULTIPLE,
     SLOTS,
     Geometry,
@@ -33,6 +34,7 @@ class OrtCpu:
         num_slots: B.
         capacity: C.
         row_multiple: see ``Backend``; None asks the one-row probe.
+        num_prefix_blocks: blocks that are kept outside the slots.
 
     Raises:
         BackendError: the graph's inputs and outputs are not those of the dialect and the geometry.
@@ -46,6 +48,7 @@ class OrtCpu:
         num_slots: int,
         capacity: int,
         row_multiple: int | None = None,
+        num_prefix_blocks: int = 0,
     ) -> None:
         _check_contract(session, geometry)
         self.row_multiple = row_multiple or _probe(session, geometry)
@@ -55,6 +58,9 @@ class OrtCpu:
         rows = padded(max_logits_rows(num_slots), MAX_ROW_MULTIPLE)
         self._logits = np.zeros((rows, geometry.vocab_size), np.float32)
         self._cache = cache_buffers(geometry, num_slots, capacity)
+        self._blocks: list[npt.NDArray[np.float32]] = []
+        if num_prefix_blocks:
+            self._blocks = cache_buffers(geometry, num_prefix_blocks, CHUNK_MULTIPLE)
         inputs = SLOTS.cache_inputs(geometry.num_layers)
         outputs = SLOTS.cache_outputs(geometry.num_layers)
         self._cache_names = [(i.name, o.name) for i, o in zip(inputs, outputs, strict=True)]
@@ -85,9 +91,19 @@ class OrtCpu:
         for buffer in self._cache:
             buffer[slot, :, :num_tokens] = 0
 
+    def save_block(self, slot: int, start: int, block: int) -> None:
+        """See ``Backend.save_block``."""
+        for cells, kept in zip(self._cache, self._blocks, strict=True):
+            kept[block] = cells[slot, :, start : start + CHUNK_MULTIPLE]
+
+    def load_block(self, slot: int, start: int, block: int) -> None:
+        """See ``Backend.load_block``."""
+        for cells, kept in zip(self._cache, self._blocks, strict=True):
+            cells[slot, :, start : start + CHUNK_MULTIPLE] = kept[block]
+
     def close(self) -> None:
         """See ``Backend.close``."""
-        del self._binding, self._session, self._cache
+        del self._binding, self._session, self._cache, self._blocks
 
 
 def open_session(graph: Path, threads: int) -> Any:

@@ -102,6 +102,7 @@ class OrtCuda:
     """
 
     overlaps = True
+    verifies = False
 
     def __init__(
         self,

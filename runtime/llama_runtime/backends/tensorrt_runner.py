@@ -45,6 +45,7 @@ class TensorRtRunner:
     """
 
     overlaps = True
+    verifies = False
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llama_runtime.batch import report
 from llama_runtime.batch.job import Job, Tally
@@ -32,20 +32,22 @@ class Settings:
         bundle: the bundle's directory.
         options: sampling options that replace the bundle's own, by name.
         chat: whether plain prompts become messages; None if the bundle has a template.
-        max_batch: sequences that run at once; None takes the default of ``LLM``.
+        max_batch: sequences that run at once, or "auto"; None takes the default of ``LLM``.
         max_len: the most tokens of one sequence; None takes the longest request of a file, and
             the default of ``LLM`` for a stream.
         threads: None takes the processors this process may use.
         devices: CUDA devices; None takes the default of ``LLM``.
+        prefix_tokens: tokens of prompts that are kept; None takes the default of ``LLM``.
     """
 
     bundle: Path
     options: Mapping[str, Any]
     chat: bool | None = None
-    max_batch: int | None = None
+    max_batch: int | Literal["auto"] | None = None
     max_len: int | None = None
     threads: int | None = None
     devices: Seq[int] | None = None
+    prefix_tokens: int | None = None
 
 
 def run(source: Source, results: ResultFile, settings: Settings, console: Console) -> Tally:
@@ -103,7 +105,11 @@ def _scan(source: Source, recipe: Recipe | None, console: Console) -> Scan:
 
 def _load(encoder: PromptEncoder, settings: Settings, max_len: int | None, console: Console) -> LLM:
     plan = LLM.plan(
-        encoder, max_batch=settings.max_batch, max_len=max_len, devices=settings.devices
+        encoder,
+        max_batch=settings.max_batch,
+        max_len=max_len,
+        devices=settings.devices,
+        prefix_tokens=settings.prefix_tokens,
     )
     plan.check()
     console.say(plan.summary())
@@ -114,6 +120,7 @@ def _load(encoder: PromptEncoder, settings: Settings, max_len: int | None, conso
             max_len=max_len,
             threads=settings.threads,
             devices=settings.devices,
+            prefix_tokens=settings.prefix_tokens,
         )
     numbers = ", ".join(map(str, settings.devices or [0]))
     where = f"devices {numbers}" if llm.threads is None else f"threads {llm.threads}"

@@ -9,7 +9,7 @@ from typing import Any
 from llama_runtime.batch.rows import Row
 from llama_runtime.completion import Request
 from llama_runtime.errors import CapacityError, RequestError
-from llama_runtime.params import SamplingParams, fresh_seed, row_seed
+from llama_runtime.params import SamplingParams, row_seed
 from llama_runtime.prompt_encoder import PromptEncoder
 
 
@@ -59,7 +59,7 @@ class Recipe:
         )
 
     def request(self, row: Row) -> Request:
-        """The request of one row, its seed settled.
+        """The request of one row; its seed is settled where the job has one.
 
         Raises:
             RequestError: the row can't run.
@@ -77,8 +77,8 @@ class Recipe:
             )
         return Request(token_ids, params)
 
-    def _seed(self, index: int) -> int:
-        return fresh_seed() if self.params.seed is None else row_seed(self.params.seed, index)
+    def _seed(self, index: int) -> int | None:
+        return None if self.params.seed is None else row_seed(self.params.seed, index)
 
     def _encode(self, prompt: str | list[Any] | None) -> list[int]:
         if not prompt:
