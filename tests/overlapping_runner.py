@@ -64,6 +64,7 @@ class Overlapping:
         self._host = HostRunner(backend, step_batch, Sampler(Reference(), END_TOKENS))
         self._pending: dict[int, int] = {}  # tokens of the last step, by sequence
         self.name, self.overlaps, self.log = name, overlaps, log
+        self.verifies = not overlaps
         self.polls: int | None = 0
         self.fails_after = float("inf")
         self.refuses = False

@@ -15,11 +15,13 @@ from llama_runtime.backends import cuda_sampler
 from llama_runtime.backends.tensorrt_runner import TensorRtRunner
 from llama_runtime.contract import Geometry
 from llama_runtime.detokenizer import TokenBytes
-from llama_runtime.engine import Engine, TokenEvent
+from llama_runtime.engine import Engine
+from llama_runtime.events import TokenEvent
 from llama_runtime.new_sequence import new_sequence
 from llama_runtime.params import SamplingParams
 from llama_runtime.sampler import Sampler
 from llama_runtime.sampling import Reference
+from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence, TokenLogprob
 from llama_runtime.stopping import finish_reason
 from llama_runtime.tensorrt.limits import EngineLimits
@@ -92,7 +94,7 @@ class Model:
         reason = None
         while reason is None:
             row = self.numpy.logits(seq.token_ids)[-1:].astype(np.float32)
-            (token,), (logprob,) = sampler.sample(row, [seq])
+            (token,), (logprob,) = sampler.sample(row, [Chunk(seq, seq.num_tokens)])
             seq.append(token)
             seq.logprobs += [logprob] if logprob else []
             reason = finish_reason(seq, end_tokens)

@@ -24,8 +24,10 @@ PATIENCE = 20.0  # seconds after which a test that waits is wrong
 class Watched(Fake):
     """Attributes say what happened; the methods what is to happen."""
 
-    def __init__(self, num_slots: int, capacity: int, vocab_size: int) -> None:
-        super().__init__(num_slots, capacity, vocab_size)
+    def __init__(
+        self, num_slots: int, capacity: int, vocab_size: int, num_prefix_blocks: int = 0
+    ) -> None:
+        super().__init__(num_slots, capacity, vocab_size, num_prefix_blocks=num_prefix_blocks)
         self._goes_on = threading.Condition()
         self._allowed = float("inf")
         self.steps: list[set[int]] = []  # the sequences of each step that has begun

@@ -32,6 +32,7 @@ from llama_export.trace import save_graph, trace_skeleton
 from llama_export.weight_file import weight_regions, write_weights
 from llama_runtime import SamplingParams
 from llama_runtime.loading import load
+from llama_runtime.settings import Settings
 from tests.tensorrt_graph import (
     WEIGHTS,
     GraphRun,
@@ -119,7 +120,7 @@ def test_any_schedule_gives_the_logits_of_each_sequence_alone(
 def test_the_real_model_writes_what_the_slots_dialect_writes(
     real_bundle: Path, real_gguf: Path, tmp_path: Path
 ) -> None:
-    loaded = load(real_bundle, max_batch=3, max_len=64, threads=None, devices=None, verify="size")
+    loaded = load(real_bundle, Settings(max_batch=3, max_len=64), verify="size")
     encode = loaded.encoder.tokenizer.encode
     prompts = [encode(text) for text in ("The capital of France is", "def add(a, b):\n", "Once")]
     engine = loaded.engine

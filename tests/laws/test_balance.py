@@ -27,8 +27,10 @@ from tokenizers import Tokenizer, decoders, models
 from llama_runtime.backends.fake import Fake
 from llama_runtime.contract import CHUNK_MULTIPLE, MIN_CHUNK, cache_capacity
 from llama_runtime.detokenizer import TokenBytes
-from llama_runtime.engine import Engine, TokenEvent
+from llama_runtime.engine import Engine
+from llama_runtime.events import TokenEvent
 from llama_runtime.params import SamplingParams
+from llama_runtime.prompt_lookup import PromptLookup
 from llama_runtime.sequence import Sequence
 from llama_runtime.slots_engine import slots_engine
 
@@ -47,9 +49,15 @@ class Limits:
     spare_budget: int = 0
     max_chunk: int = MIN_CHUNK
     refill: bool = True
+    num_prefix_blocks: int = 0
 
     def engine(self) -> Engine:
-        backend = Fake(self.max_batch, cache_capacity(MAX_LEN, self.max_chunk), VOCAB_SIZE)
+        backend = Fake(
+            self.max_batch,
+            cache_capacity(MAX_LEN, self.max_chunk),
+            VOCAB_SIZE,
+            num_prefix_blocks=self.num_prefix_blocks,
+        )
         return slots_engine(
             backend,
             TABLE,
@@ -59,6 +67,7 @@ class Limits:
             max_len=MAX_LEN,
             prompt_budget=MIN_CHUNK + self.spare_budget,
             max_chunk=self.max_chunk,
+            num_prefix_blocks=self.num_prefix_blocks,
             refill=self.refill,
         )
 
@@ -72,9 +81,9 @@ class Request:
 
     @cache  # noqa: B019 - requests live as long as the tests
     def alone(self) -> list[int]:
-        """The completion of a run without anybody else."""
+        """The completion of a run without anybody else, and without guesses."""
         engine = Limits(max_batch=1).engine()
-        seq = engine.add(self.prompt, self.params)
+        seq = engine.add(self.prompt, replace(self.params, speculation="off"))
         while engine.has_work:
             engine.step()
         return seq.completion_token_ids
@@ -85,10 +94,32 @@ class Request:
         return len(self.prompt) // CHUNK_MULTIPLE + 1 + self.params.max_tokens
 
 
+class Guesser(PromptLookup):
+    """Guesses what comes, and now and then something else.
+
+    Args:
+        seq: whose tokens it guesses.
+        tokens: what comes.
+    """
+
+    def __init__(self, seq: Sequence, tokens: list[int]) -> None:
+        super().__init__(seq.token_ids)
+        self.seq, self.tokens = seq, tokens
+
+    def draft(self, most: int) -> list[int]:
+        start = self.seq.num_completion_tokens
+        wrong = (i % 5 == 3 for i in range(start, len(self.tokens)))
+        guesses = [
+            (token_id + is_wrong) % VOCAB_SIZE
+            for token_id, is_wrong in zip(self.tokens[start:], wrong, strict=True)
+        ]
+        return guesses[: min(most, start % 4)]
+
+
 @st.composite
 def requests(draw: st.DrawFn) -> Request:
     num_prompt_tokens = draw(st.integers(1, 8) | st.sampled_from([31, 32, 33, 34, 65, 66, 98, 130]))
-    first = draw(st.integers(0, VOCAB_SIZE - 1))
+    first = draw(st.integers(0, 3) | st.integers(0, VOCAB_SIZE - 1))  # so that some begin alike
     prompt = tuple((first + 7 * i) % VOCAB_SIZE for i in range(num_prompt_tokens))
     params = SamplingParams(
         max_tokens=draw(st.integers(1, 12)),
@@ -97,6 +128,10 @@ def requests(draw: st.DrawFn) -> Request:
         top_p=draw(st.sampled_from([0.8, 1.0])),
         seed=draw(st.integers(0, 3)),
         ignore_eos=draw(st.booleans()),
+        speculation=draw(st.sampled_from(["off", "on"])),
+        priority=draw(st.integers(-2, 2)),
+        caller=draw(st.sampled_from([None, "a", "b"])),
+        cache_salt=draw(st.sampled_from(["", "", "theirs"])),
     )
     return Request(prompt, params)
 
@@ -107,6 +142,7 @@ limits = st.builds(
     spare_budget=st.integers(0, 80),
     max_chunk=st.integers(MIN_CHUNK, 100),
     refill=st.booleans(),
+    num_prefix_blocks=st.integers(0, 6),
 )
 
 
@@ -121,7 +157,8 @@ class Balance(RuleBasedStateMachine):
         self.sequences: dict[int, Sequence] = {}
         self.events: dict[int, list[TokenEvent]] = {}
         self.aborted: set[int] = set()
-        self.waited: set[int] = set()  # streams that got nothing in the step before
+        self.waited: dict[int, int] = {}  # for how many steps each stream got nothing
+        self.kinds: set[bool] = set()  # of streams in the step before
 
     @initialize(chosen=limits)
     def start(self, chosen: Limits) -> None:
@@ -133,6 +170,8 @@ class Balance(RuleBasedStateMachine):
         assert seq.id not in self.sequences
         self.requests[seq.id], self.sequences[seq.id] = request, seq
         self.events[seq.id] = []
+        if seq.lookup is not None:
+            seq.lookup = Guesser(seq, request.alone())
         return seq
 
     @rule(target=added, request=requests(), count=st.integers(2, 6))
@@ -167,22 +206,30 @@ class Balance(RuleBasedStateMachine):
         slots = [seq.slot for seq in self.sequences.values() if seq.slot is not None]
         assert len(slots) == len(set(slots)) == self.engine.num_running
         assert all(seq.slot is None for seq in self.sequences.values() if seq.finish_reason)
-        # Admission is in order of arrival.
-        waits = [seq.slot is None for seq in live]
-        assert waits == sorted(waits)
 
     def one_step(self) -> None:
-        streams = {
-            seq.id
+        streams = [
+            seq
             for seq in self.sequences.values()
             if seq.slot is not None and seq.cache_len >= seq.num_prompt_tokens
-        }
+        ]
+        # A prompt of one token counts as decoding from the start.
+        begun = [seq for seq in self.sequences.values() if seq.finish_reason is None]
+        kinds = {seq.lookup is None for seq in [*streams, *begun] if seq.decodes}
+        before = {seq.id: seq.num_completion_tokens for seq in streams}
         events = self.engine.step()
         served = {event.sequence_id for event in events}
-        assert len(served) == len(events)
-        # No stream waits for more than one step of prompts.
-        assert self.waited & streams <= served
-        self.waited = streams - served
+        self.waited = {
+            seq.id: 0 if seq.id in served else self.waited.get(seq.id, 0) + 1 for seq in streams
+        }
+        # No stream waits for more than a step of prompts and one of the other kind of streams.
+        most = len(kinds | self.kinds)
+        self.kinds = kinds
+        assert all(count <= most for count in self.waited.values())
+        for seq in streams:
+            told = sum(event.sequence_id == seq.id for event in events)
+            assert told == seq.num_completion_tokens - before[seq.id] or seq.id in self.aborted
+            assert told <= 1 or seq.lookup is not None
         for event in events:
             assert event.sequence_id not in self.aborted
             past = self.events[event.sequence_id]

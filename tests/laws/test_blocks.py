@@ -31,7 +31,7 @@ BYTE_LEVEL = Tokenizer(models.BPE({"a": 0}, []))
 BYTE_LEVEL.decoder = decoders.ByteLevel()
 TABLE = TokenBytes(BYTE_LEVEL)
 MAX_LEN = 24
-Prefix = tuple[int, ...]
+Prefix = tuple[int | str, ...]  # a salt and tokens
 Item = TypeVar("Item")
 
 tokens = st.integers(0, 1)
@@ -73,6 +73,7 @@ several_params = st.builds(
     SamplingParams,
     max_tokens=st.integers(1, 5),
     prompt_logprobs=st.sampled_from([False, False, False, True]),
+    cache_salt=st.sampled_from(["", "", "", "a"]),
 )
 indices = st.integers(0, 11)  # of one of a list, whose length is not known yet
 
@@ -109,8 +110,11 @@ class Blocks(RuleBasedStateMachine):
     def prefixes(self, seq: Sequence, num_tokens: int) -> list[Prefix]:
         """The prompt up to the end of each block that lies within its first tokens."""
         size = self.limits.block_size
-        prompt = tuple(seq.token_ids[: min(num_tokens, seq.num_prompt_tokens)])
-        return [prompt[:end] for end in range(size, len(prompt) + 1, size)]
+        prompt, salt = (
+            seq.token_ids[: min(num_tokens, seq.num_prompt_tokens)],
+            seq.params.cache_salt,
+        )
+        return [(salt, *prompt[:end]) for end in range(size, len(prompt) + 1, size)]
 
     def found(self, seq: Sequence) -> list[int]:
         """The blocks that a prompt may share now."""
@@ -175,6 +179,31 @@ class Blocks(RuleBasedStateMachine):
         assert set(table[len(found) :]) <= {*blank, *evicted}
         self.kept = self.kept[len(evicted) :]
         self.unshare(evicted)
+
+    @precondition(lambda self: self.running)
+    @rule(index=indices)
+    def reuse(self, index: int) -> None:
+        """Before a chunk of a prompt is cut: what others have computed by now takes its place."""
+        seq, size = one_of(self.running, index), self.limits.block_size
+        if seq.decodes or seq.cache_len >= seq.num_prompt_tokens:
+            return
+        begin, inside = divmod(seq.cache_len, size)
+        found: list[int] = []
+        if not (inside or seq.params.prompt_logprobs or seq in self.hurt):
+            for prefix in self.prefixes(seq, seq.num_prompt_tokens - 1)[begin:]:
+                if prefix not in self.shareable:
+                    break
+                found.append(self.shareable[prefix])
+        table, end = self.cache.table(seq), begin + len(found)
+        expected = [*table[:begin], *found, *table[end:]]
+        self.cache.reuse(seq)
+        assert self.cache.table(seq) == expected
+        assert (self.cache.table(seq) is table) == (not found)
+        if found:
+            assert seq.cache_len == end * size
+            self.num_saved += len(found) * size
+            self.num_offered[seq] = end
+            self.kept = [block for block in self.kept if block not in found]
 
     @precondition(lambda self: self.running)
     @rule(index=indices, num_tokens=st.integers(1, 12), next_token=tokens)
@@ -250,7 +279,7 @@ class Blocks(RuleBasedStateMachine):
         self.cache.check()
         assert self.cache.num_free == self.limits.num_slots - len(self.running)
         assert self.cache.num_free_blocks == len(self.idle())
-        assert self.cache.num_shared_tokens == self.num_saved
+        assert self.cache.num_reused_tokens == self.num_saved
         for seq in self.running:
             assert len(self.cache.table(seq)) == self.needs(seq)
 

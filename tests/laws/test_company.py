@@ -1,14 +1,15 @@
 """Company changes nothing: a sequence's logits are the same bits alone and in any schedule.
 
-On the exported real model, each request of a pool first runs alone: one slot, nobody else. Then
-random schedules mix the requests: order of arrival, slots, token budget, longest chunk, neighbours,
-aborts. Every row of logits and every token must be what it was alone.
+On the exported real model, each request of a pool first runs alone: one slot, nobody else, nothing
+reused. Then random schedules mix the requests: order of arrival, slots, token budget, longest
+chunk, neighbours, aborts, priorities, who reads along, prefixes that are reused and thrown out, and
+guesses. Every row of logits and every token must be what it was alone.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ SCHEDULES = {1: 80, 2: 90, 4: 30}  # 200 in all, by number of threads
 MAX_LEN = 224
 # Borders of chunks and of the kernel's query tiles are among the lengths.
 PROMPT_LENGTHS = (1, 2, 7, 31, 32, 33, 34, 64, 65, 66, 97, 98, 129)
-MAX_TOKENS = 4
+MAX_TOKENS, MAX_SPECULATED = 4, 10
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Trace:
     token_ids: list[int]
     logprobs: list[TokenLogprob]
     prompt_logprobs: list[TokenLogprob | None]
+    num_reused: int
 
 
 class Recorded:
@@ -60,7 +62,7 @@ class Recorded:
 
     def run(self, step: Step) -> npt.NDArray[np.float32]:
         logits = self._backend.run(step)
-        sampled = [chunk.seq.id for chunk in step.chunks if chunk.samples]
+        sampled = [chunk.seq.id for chunk in step.chunks for _ in range(chunk.num_sampled)]
         for sequence_id, row in zip(sampled, logits, strict=False):
             digest = blake2b(row.tobytes(), digest_size=16).digest()
             self.rows.setdefault(sequence_id, []).append(digest)
@@ -68,6 +70,12 @@ class Recorded:
 
     def clean(self, slot: int, num_tokens: int) -> None:
         self._backend.clean(slot, num_tokens)
+
+    def save_block(self, slot: int, start: int, block: int) -> None:
+        self._backend.save_block(slot, start, block)
+
+    def load_block(self, slot: int, start: int, block: int) -> None:
+        self._backend.load_block(slot, start, block)
 
     def close(self) -> None:
         self._backend.close()
@@ -77,9 +85,11 @@ def pool(vocab_size: int) -> list[Request]:
     """Every parameter is on in some and off in others."""
     choose = random.Random(0)
     requests = []
+    beginning = [choose.randrange(vocab_size) for _ in range(max(PROMPT_LENGTHS))]
     for i, length in enumerate(PROMPT_LENGTHS):
+        speculates = i % 2 == 1
         params = SamplingParams(
-            max_tokens=MAX_TOKENS,
+            max_tokens=MAX_SPECULATED if speculates else MAX_TOKENS,
             min_tokens=i % 4,
             temperature=(0.0, 0.8, 1.3)[i % 3],
             top_p=(0.95, 1.0)[i % 2],
@@ -94,8 +104,18 @@ def pool(vocab_size: int) -> list[Request]:
             logprobs=i % 3 == 1,
             top_logprobs=5 * (i % 3 == 1),
             prompt_logprobs=i % 5 == 2,
+            speculation="on" if speculates else "off",
+            priority=i % 3 - 1,
+            caller=(None, "a", "b")[i % 3],
         )
-        requests.append(Request([choose.randrange(vocab_size) for _ in range(length)], params))
+        # Most begin alike; those that speculate repeat themselves, so that something is guessed.
+        prompt = beginning[:length]
+        if i % 4 == 2:
+            prompt = [choose.randrange(vocab_size) for _ in range(length)]
+        if speculates:
+            prompt[length // 2 :] = (prompt[:5] * length)[: length - length // 2]
+            params = replace(params, temperature=0.0, repetition_penalty=1.0)
+        requests.append(Request(prompt, params))
     return requests
 
 
@@ -110,22 +130,32 @@ class Runner:
         self._kernels = OrtSampler(bundle.graph_path(SAMPLER), self.geometry.vocab_size, threads)
         # Found out once, as `LLM` does when it loads.
         self.row_multiple = self._backend(num_slots=1, capacity=2).row_multiple
+        self.num_guessed = self.num_right = 0
 
-    def _backend(self, num_slots: int, capacity: int, row_multiple: int | None = None) -> OrtCpu:
+    def _backend(
+        self, num_slots: int, capacity: int, row_multiple: int | None = None, num_blocks: int = 0
+    ) -> OrtCpu:
         return OrtCpu(
             self._session,
             self.geometry,
             num_slots=num_slots,
             capacity=capacity,
             row_multiple=row_multiple,
+            num_prefix_blocks=num_blocks,
         )
 
     def run(
-        self, requests: list[Request], slots: int, budget: int, chunk: int, choose: random.Random
+        self,
+        requests: list[Request],
+        slots: int,
+        budget: int,
+        chunk: int,
+        choose: random.Random,
+        num_blocks: int = 0,
     ) -> tuple[list[Trace], int]:
         """The trace of each request, and how many were aborted on the way."""
         capacity = cache_capacity(MAX_LEN, chunk)
-        recorded = Recorded(self._backend(slots, capacity, self.row_multiple))
+        recorded = Recorded(self._backend(slots, capacity, self.row_multiple, num_blocks))
         engine = slots_engine(
             recorded,
             self._token_bytes,
@@ -135,13 +165,17 @@ class Runner:
             max_len=MAX_LEN,
             prompt_budget=budget,
             max_chunk=chunk,
+            num_prefix_blocks=num_blocks,
             kernels=self._kernels,
         )
         waiting = list(requests)
         sequences, num_aborted = [], 0
         while waiting or engine.has_work:
             arrivals = choose.choice([0, 1, 1, 2, len(waiting)]) if engine.has_work else 1
-            sequences += [engine.add(r.prompt, r.params) for r in waiting[:arrivals]]
+            streamed = choose.random() < 0.5
+            sequences += [
+                engine.add(r.prompt, r.params, streamed=streamed) for r in waiting[:arrivals]
+            ]
             del waiting[:arrivals]
             engine.step()
             alive = [seq.id for seq in sequences if seq.finish_reason is None]
@@ -150,12 +184,16 @@ class Runner:
                 num_aborted += 1
         assert engine.num_failed_steps == 0
         engine.check()
+        counters = engine.counters()
+        self.num_guessed += counters.drafted_tokens
+        self.num_right += counters.accepted_tokens
         traces = [
             Trace(
                 recorded.rows.get(seq.id, []),
                 seq.completion_token_ids,
                 seq.logprobs,
                 seq.prompt_logprobs,
+                seq.num_reused,
             )
             for seq in sequences
         ]
@@ -173,21 +211,22 @@ def test_schedule_never_shows(runner: Runner) -> None:
     alone = []
     for request in requests:
         (trace,), _ = runner.run([request], 1, 33, 33, random.Random(0))
-        assert len(trace.rows) == MAX_TOKENS
+        assert len(trace.rows) >= len(trace.token_ids) == request.params.max_tokens
         alone.append(trace)
     num_schedules = SCHEDULES[runner.threads]
-    with_abort = with_split = 0
+    with_abort = with_split = with_reuse = 0
     for seed in range(num_schedules):
         choose = random.Random(1000 * runner.threads + seed)
         members = choose.sample(range(len(requests)), choose.randint(2, 5))
         slots, chunk = choose.randint(1, 6), choose.choice([33, 64, 100])
         budget = choose.choice([33, 64, 128])
         traces, num_aborted = runner.run(
-            [requests[i] for i in members], slots, budget, chunk, choose
+            [requests[i] for i in members], slots, budget, chunk, choose, choose.choice([0, 3, 8])
         )
         with_abort += num_aborted > 0
         longest = min(chunk, budget)
         with_split += any(96 < len(requests[i].prompt) > longest for i in members)
+        with_reuse += any(trace.num_reused for trace in traces)
         for i, trace in zip(members, traces, strict=True):
             where = f"schedule {seed}, prompt of {len(requests[i].prompt)} tokens"
             assert trace.rows == alone[i].rows[: len(trace.rows)], where
@@ -197,3 +236,5 @@ def test_schedule_never_shows(runner: Runner) -> None:
             assert trace.prompt_logprobs == alone[i].prompt_logprobs[:scored], where
     assert with_abort >= 0.2 * num_schedules
     assert with_split >= 0.2 * num_schedules
+    assert with_reuse >= 0.05 * num_schedules
+    assert 0.1 * runner.num_guessed < runner.num_right < 0.9 * runner.num_guessed

@@ -23,9 +23,9 @@ from hypothesis.stateful import (
 )
 
 from llama_runtime.contract import CHUNK_MULTIPLE
-from llama_runtime.engine import TokenEvent
 from llama_runtime.engine_group import EngineGroup
 from llama_runtime.errors import BackendError
+from llama_runtime.events import TokenEvent
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import Sequence
 from tests.overlapping_runner import VOCAB_SIZE, engines

@@ -129,8 +129,8 @@ def test_only_a_test_that_runs_and_says_no_has_noticed_a_fault(tmp_path: Path) -
         ),
         fault(
             "crash",
-            "self._admit()",
-            "self._admit_all()",
+            "self._admit(now)",
+            "self._admit_all(now)",
             file="runtime/llama_runtime/scheduler.py",
         ),
         fault("hang", newest, "while True: newest = seq.token_ids[-1]"),

@@ -19,8 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from llama_runtime.backends.fake import Fake
 from llama_runtime.contract import MIN_CHUNK, cache_capacity
 from llama_runtime.detokenizer import TokenBytes
-from llama_runtime.engine import Engine, TokenEvent
+from llama_runtime.engine import Engine
 from llama_runtime.errors import BackendError, CaravanError
+from llama_runtime.events import TokenEvent
 from llama_runtime.paged_cache import PagedCache
 from llama_runtime.params import SamplingParams
 from llama_runtime.scheduler import Chunk
@@ -270,7 +271,7 @@ def test_the_overlap_does_not_show(case: int, share_prefixes: bool) -> None:
     for seed in range(case * NUM_SCHEDULES, (case + 1) * NUM_SCHEDULES):
         watch = schedule(seed, share_prefixes=share_prefixes)
         reasons |= {seq.finish_reason for seq in watch.sequences.values()}
-        shared += watch.cache.num_shared_tokens
+        shared += watch.cache.num_reused_tokens
     assert reasons == {"stop", "length", "abort"}
     assert (shared > 0) == share_prefixes
 
@@ -438,7 +439,7 @@ def test_one_that_is_in_the_older_of_two_forwards_leaves_with_it() -> None:
     later = watch.add(plain([*PREFIX[:7], 2], 9))
     watch.runner.spoils = lambda _: False
     watch.drain()
-    assert watch.cache.num_shared_tokens == 0
+    assert watch.cache.num_reused_tokens == 0
     watch.ends_as_alone(reads, later)
 
 
@@ -462,7 +463,7 @@ PREFIX = [11, 12, 13, 14, 15, 16, 17, 18]  # fills two blocks
 
 def test_a_row_that_is_no_number_ends_its_own_sequence() -> None:
     watch = Watch()
-    victim, *others = (watch.add(plain([*PREFIX, i], 8)) for i in range(3))
+    victim, *others = (watch.add(plain([i, *PREFIX], 8)) for i in range(3))
     watch.runner.spoils = lambda chunk: chunk.seq is victim and chunk.seq.draw_index == 2
     while victim.finish_reason is None:
         blocks = watch.cache.table(victim) if victim.slot is not None else []
@@ -485,7 +486,7 @@ def test_its_blocks_are_shared_with_nobody_who_comes_later() -> None:
         watch.step()
     later = watch.add(plain([*PREFIX, 2], 8))
     watch.drain()
-    assert watch.cache.num_shared_tokens == 0
+    assert watch.cache.num_reused_tokens == 0
     watch.ends_as_alone(later)
 
 
@@ -512,7 +513,7 @@ def test_a_late_row_that_is_no_number_leaves_nothing_to_who_comes_next(
     watch.step()
     assert sorted(watch.cache.table(second)) == sorted(blocks)
     watch.drain()
-    assert watch.cache.num_shared_tokens == 0
+    assert watch.cache.num_reused_tokens == 0
     watch.ends_as_alone(second, *([first] if ends == "stop" else []))
     assert watch.engine.failure is None
 
@@ -521,7 +522,7 @@ def test_without_a_fault_the_prefix_of_one_that_left_is_shared() -> None:
     watch = Watch(max_batch=1)
     first, second = watch.add(stopping([*PREFIX, 1], 3)), watch.add(plain([*PREFIX, 2], 20))
     watch.drain()
-    assert watch.cache.num_shared_tokens == len(PREFIX)
+    assert watch.cache.num_reused_tokens == len(PREFIX)
     watch.ends_as_alone(first, second)
 
 
@@ -563,7 +564,7 @@ def test_blocks_that_another_shares_already_stay_as_they_are() -> None:
     other = watch.add(plain([*PREFIX, 2], 8))
     watch.runner.spoils = lambda chunk: chunk.seq is victim and chunk.seq.draw_index == 3
     watch.drain()
-    assert watch.cache.num_shared_tokens == len(PREFIX)
+    assert watch.cache.num_reused_tokens == len(PREFIX)
     assert victim.finish_reason == "error"
     watch.ends_as_alone(other)
 
@@ -590,7 +591,7 @@ def test_a_launch_that_raises_ends_its_culprit_alone(launch: int) -> None:
 @pytest.mark.parametrize("launch", range(1, 7))
 def test_a_launch_that_raises_once_harms_nobody(launch: int) -> None:
     watch = Watch()
-    seqs = [watch.add(plain([*PREFIX, i], 6)) for i in range(3)]
+    seqs = [watch.add(plain([i, *PREFIX], 6)) for i in range(3)]
     watch.runner.refuses = lambda _: watch.runner.num_launched == launch
     watch.drain()
     watch.ends_as_alone(*seqs)

@@ -20,7 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from llama_runtime.backends.fake import Fake
 from llama_runtime.contract import MIN_CHUNK, cache_capacity
 from llama_runtime.detokenizer import TokenBytes
-from llama_runtime.engine import Engine, TokenEvent
+from llama_runtime.engine import Engine
+from llama_runtime.events import TokenEvent
 from llama_runtime.kv_cache import SlotCache
 from llama_runtime.params import OPTIONS, SamplingParams
 from llama_runtime.runner import HostRunner
@@ -98,6 +99,11 @@ def pool() -> list[tuple[list[int], SamplingParams]]:
             logprobs=logprobs,
             top_logprobs=wanted,
             prompt_logprobs=prompt_logprobs,
+            speculation=choose.choice(["off", "on", "auto"]),
+            priority=choose.choice([0, 0, -3, 5]),
+            deadline=choose.choice([None, 1e6]),
+            caller=choose.choice([None, "one", "another"]),
+            cache_salt=choose.choice(["", "theirs"]),
         )
         length = LENGTHS[i % len(LENGTHS)]
         several.append(([choose.randrange(VOCAB_SIZE) for _ in range(length)], params))

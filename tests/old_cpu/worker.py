@@ -139,6 +139,12 @@ class Recorded:
     def clean(self, slot: int, num_tokens: int) -> None:
         self.backend.clean(slot, num_tokens)
 
+    def save_block(self, slot: int, start: int, block: int) -> None:
+        self.backend.save_block(slot, start, block)
+
+    def load_block(self, slot: int, start: int, block: int) -> None:
+        self.backend.load_block(slot, start, block)
+
     def close(self) -> None:
         self.backend.close()
 

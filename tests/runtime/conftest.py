@@ -55,8 +55,8 @@ class SlowFake(Fake):
 
 loading.open_session = lambda graph, threads: None
 loading.OrtSampler = lambda *_: Reference()
-loading.OrtCpu = lambda session, geometry, *, num_slots, capacity: SlowFake(
-    num_slots, capacity, geometry.vocab_size
+loading.OrtCpu = lambda session, geometry, *, num_slots, capacity, num_prefix_blocks: SlowFake(
+    num_slots, capacity, geometry.vocab_size, num_prefix_blocks=num_prefix_blocks
 )
 from llama_runtime.cli import cli
 cli(sys.argv[2:], prog_name="llama-run")
@@ -116,8 +116,15 @@ def raw_bundle(tmp_path: Path) -> Path:
 def fake_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """`LLM` in this process runs on the `Fake` backend."""
 
-    def make(session: object, geometry: Geometry, *, num_slots: int, capacity: int) -> Fake:
-        return Fake(num_slots, capacity, geometry.vocab_size)
+    def make(
+        session: object,
+        geometry: Geometry,
+        *,
+        num_slots: int,
+        capacity: int,
+        num_prefix_blocks: int,
+    ) -> Fake:
+        return Fake(num_slots, capacity, geometry.vocab_size, num_prefix_blocks=num_prefix_blocks)
 
     monkeypatch.setattr(loading, "open_session", lambda *_: None)
     monkeypatch.setattr(loading, "OrtCpu", make)

@@ -60,8 +60,15 @@ def backends(fake_backend: None, monkeypatch: pytest.MonkeyPatch) -> list[Watche
     """Models in this process run on `Watched` backends, which come to stand here."""
     made: list[Watched] = []
 
-    def make(session: object, geometry: Geometry, *, num_slots: int, capacity: int) -> Watched:
-        made.append(Watched(num_slots, capacity, geometry.vocab_size))
+    def make(
+        session: object,
+        geometry: Geometry,
+        *,
+        num_slots: int,
+        capacity: int,
+        num_prefix_blocks: int,
+    ) -> Watched:
+        made.append(Watched(num_slots, capacity, geometry.vocab_size, num_prefix_blocks))
         return made[-1]
 
     monkeypatch.setattr(loading, "OrtCpu", make)

@@ -212,7 +212,7 @@ class EndlessRows(Rows):
 def test_results_that_wait_for_a_slow_row_are_bounded(
     fake_llm: LLM, tmp_path: Path, bad: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama_runtime.engine.finish_reason", _only_length)
+    monkeypatch.setattr("llama_runtime.growth.finish_reason", _only_length)
     path = tmp_path / "out.jsonl"
     results = ResultFile(path, force=True)
     job = Job(fake_llm, recipe_of(fake_llm), results)

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from click.types import FloatParamType, IntParamType
 
-from llama_runtime import __version__, loading
+from llama_runtime import __version__, loading, settings
 from llama_runtime.cli import cli
 from llama_runtime.cuda_loading import CUDA_MAX_BATCH
 from llama_runtime.llm import LLM
@@ -240,6 +240,7 @@ OUT_OF_RANGE = {
     "--threads": ("-1", "0", "1.5", "1025", "9" * 30),
     "--max-batch": ("-1", "0", "1.5", "1025", "9" * 30),
     "--max-len": ("-1", "0", "1", "1.5", "513", "9" * 30),
+    "--prefix-tokens": ("-1", "1.5", "9" * 30),
 }
 
 
@@ -331,14 +332,16 @@ def test_a_plan_that_fits_is_a_table_and_status_0(
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert lines[0] == "max_batch 4, max_len 100"
-    names = [line.split(" ")[0] for line in lines[2:7]]
-    assert names == ["weights", "cache", "workspace", "total", "available"]
-    assert lines[6].endswith(" MB  this machine")
-    assert lines[8:] == [
+    names = [line.split(" ")[0] for line in lines[2:8]]
+    assert names == ["weights", "cache", "prefixes", "workspace", "total", "available"]
+    assert lines[7].endswith(" MB  this machine")
+    assert lines[9:] == [
         "fits",
         "max_batch up to   1024 at max_len 100",
         "max_len up to      512 at max_batch 4",
     ]
+    without = run("plan", "--max-batch", 4, "--max-len", 100, "--prefix-tokens", 0)
+    assert "prefixes" not in without.stdout
 
 
 @pytest.mark.usefixtures("little_memory")
@@ -364,7 +367,9 @@ def test_plan_json_is_one_object_with_sizes_in_bytes(run: Run) -> None:
     result = run("plan", "--json")
     found = json.loads(result.stdout)
     assert (result.exit_code, result.stderr) == (0, "")
-    assert found["total"] == found["weights"] + found["cache"] + found["workspace"]
+    parts = ("weights", "cache", "prefixes", "workspace")
+    assert found["total"] == sum(found[part] for part in parts)
+    assert (found["prefix_tokens"], found["prefixes"]) == (4096, 64 * 4096)
     assert found["cache"] == 64 * 32 * (480 + 128)  # the last chunk of 511 tokens starts at 480
     assert (found["max_batch"], found["max_len"], found["fits"]) == (32, 512, True)
 
@@ -406,9 +411,10 @@ def test_help_and_version_read_well_at_every_level(run: Run) -> None:
 def test_defaults_in_the_help_are_those_of_the_library(run: Run) -> None:
     text = " ".join(run("batch", "--help").stdout.split())
     assert f"[default: {SamplingParams().max_tokens}]" in text
-    usual = f"[default: {loading.DEFAULT_MAX_BATCH}; {CUDA_MAX_BATCH} on CUDA]"
-    assert f"Prompts that run at once, on each device. {usual}" in text
-    assert f"at most {loading.DEFAULT_MAX_LEN}]" in text
+    usual = f"[default: {settings.DEFAULT_MAX_BATCH}; {CUDA_MAX_BATCH} on CUDA]"
+    assert "Prompts that run at once, on each device;" in text
+    assert usual in text
+    assert f"at most {settings.DEFAULT_MAX_LEN}]" in text
 
 
 def test_a_full_disk_is_status_1(run: Run, prompts: Path) -> None:

@@ -174,6 +174,27 @@ def test_threads_are_not_for_a_bundle_built_for_cuda(cuda_bundle: Path, devices:
     assert caught.value.param == "threads"
 
 
+def test_on_cuda_what_is_kept_for_others_is_all_or_nothing(
+    cuda_bundle: Path, devices: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[bool] = []
+    make = vars(cuda_loading)["cuda_engine"]
+
+    def watched(*args: Any, **given: Any) -> Any:
+        shared.append(given["share_prefixes"])
+        return make(*args, **given)
+
+    monkeypatch.setattr(cuda_loading, "cuda_engine", watched)
+    for prefix_tokens in (None, 0):
+        LLM(cuda_bundle, prefix_tokens=prefix_tokens).close()
+        assert LLM.plan(cuda_bundle, prefix_tokens=prefix_tokens).prefixes == 0
+    assert shared == [True, False]
+    for use in (LLM, LLM.plan, AsyncLLM):
+        with pytest.raises(RequestError, match=r"on CUDA the whole cache keeps") as caught:
+            use(cuda_bundle, prefix_tokens=4096)
+        assert caught.value.param == "prefix_tokens"
+
+
 @pytest.mark.parametrize("wrong", [[], [0, 0], [-1], ["0"], [True], 0, "0", [0.5]])
 def test_devices_must_be_different_numbers(
     wrong: object, cuda_bundle: Path, devices: list[int]

@@ -14,8 +14,9 @@ import tokenizers
 from llama_runtime.backends.fake import Fake
 from llama_runtime.contract import MIN_CHUNK, cache_capacity
 from llama_runtime.detokenizer import TokenBytes
-from llama_runtime.engine import Engine, TokenEvent
+from llama_runtime.engine import Engine
 from llama_runtime.errors import BackendError, CapacityError, CaravanError, RequestError
+from llama_runtime.events import TokenEvent
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import Sequence
 from llama_runtime.slots_engine import slots_engine
@@ -483,7 +484,7 @@ def test_closing_aborts_what_is_left_and_closes_the_backend_once(
 
 def test_check_finds_a_sequence_that_nobody_runs(make: Callable[..., Engine]) -> None:
     engine = make(Scripted(spell("abc")))
-    engine.add([5], greedy(3))
-    engine._scheduler.waiting.clear()
+    seq = engine.add([5], greedy(3))
+    engine._scheduler.waiting.remove(seq)
     with pytest.raises(RuntimeError, match="1 sequences, but 0 wait or run"):
         engine.check()

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from llama_runtime.admission import Accepted, Message
-from llama_runtime.engine import TokenEvent
 from llama_runtime.engine_group import EngineGroup
 from llama_runtime.errors import BackendError, CapacityError, CaravanError, RequestError
+from llama_runtime.events import TokenEvent
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import Sequence
 from llama_runtime.shared_engine import Inbox, SharedEngine
@@ -551,7 +551,7 @@ def test_check_finds_a_sequence_in_two_places() -> None:
     setup = Setup([1, 1])
     seqs = setup.add(3)
     setup.step()
-    setup.group._waiting[seqs[0].id] = seqs[0]
+    setup.group._waiting.add(seqs[0])
     with pytest.raises(RuntimeError, match=r"sequences wait that run or ended: \[0\]"):
         setup.group.check()
 

@@ -73,6 +73,18 @@ def test_a_slot_that_changed_hands_forgets_its_former_owner() -> None:
     assert np.array_equal(backend.run(step({0: (0, [1, 2])})), rows_of([1, 2]))
 
 
+def test_a_kept_block_is_the_same_in_another_slot() -> None:
+    tokens = list(range(34))
+    backend = Fake(3, 64, VOCAB_SIZE, num_prefix_blocks=2)
+    backend.run(step({0: (0, tokens[:32])}))
+    backend.save_block(slot=0, start=0, block=1)
+    backend.clean(0, 32)
+    backend.load_block(slot=2, start=0, block=1)
+    rows = backend.run(step({2: (32, tokens[32:])}))
+    expected = Fake(3, 64, VOCAB_SIZE).run(step({0: (0, tokens)}))[32:]
+    assert np.array_equal(rows, expected)
+
+
 @pytest.mark.parametrize(
     "other", [[6, 5, 7], [5, 6, 8], [4, 6, 7], [0, 5, 6, 7], [5, 6], [5, 6, 7, 0]]
 )

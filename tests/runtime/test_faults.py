@@ -16,10 +16,11 @@ from llama_runtime.backends.fake import Fake
 from llama_runtime.backends.faulty import Faulty
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.bundle import open_bundle
-from llama_runtime.contract import cache_capacity
+from llama_runtime.contract import MAX_DRAFT, cache_capacity
 from llama_runtime.detokenizer import TokenBytes
-from llama_runtime.engine import Engine, TokenEvent
+from llama_runtime.engine import Engine
 from llama_runtime.errors import BackendError
+from llama_runtime.events import TokenEvent
 from llama_runtime.params import SamplingParams
 from llama_runtime.sampling import Int64s, Kernels, Logits, Reference
 from llama_runtime.sequence import Sequence
@@ -220,7 +221,7 @@ def test_a_slot_is_cleaned_after_a_fault_and_at_no_other_time(
     while engine.has_work:
         slots |= {seq.id: seq.slot for seq in seqs if seq.slot is not None}
         engine.step()
-    assert backend.cleaned == [(slots[1], seqs[1].num_tokens)]
+    assert backend.cleaned == [(slots[1], seqs[1].num_tokens + MAX_DRAFT)]
     assert slots[1] in [slots[seq.id] for seq in seqs if seq.id > 1]  # it was used again
     check_only(1, seqs, right)
 

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 from llama_runtime import loading
-from llama_runtime.contract import PROMPT_CHUNK, Geometry, cache_capacity
+from llama_runtime.async_llm import AsyncLLM
+from llama_runtime.contract import CHUNK_MULTIPLE, PROMPT_CHUNK, Geometry, cache_capacity
 from llama_runtime.errors import BundleError, CapacityError, RequestError
 from llama_runtime.kv_cache import cache_buffers
 from llama_runtime.llm import LLM
 from llama_runtime.machine import Memory
 from llama_runtime.manifest import Manifest
 from llama_runtime.memory_plan import MemoryPlan, describe, weight_bytes
+from llama_runtime.params import SamplingParams
 from tests.runtime.conftest import FAKE_GEOMETRY
 
 SMOLLM2 = Geometry(
@@ -58,6 +60,8 @@ def test_the_cache_of_a_known_model() -> None:
 def test_the_total_is_the_sum_and_fits_to_the_byte() -> None:
     one = plan(8 * GB)
     assert one.total == one.weights + one.cache + one.workspace
+    more = replace(one, prefix_tokens=4096)
+    assert more.total - one.total == more.prefixes == 46_080 * 4096
     assert plan(one.total).fits
     assert not plan(one.total - 1).fits
 
@@ -66,7 +70,7 @@ def test_the_workspace_grows_with_everything_that_a_step_holds() -> None:
     base = plan(0).workspace
     assert 100_000_000 < base < 250_000_000
     for more in (
-        plan(0, max_batch=34),
+        plan(0, max_batch=300),
         plan(0, num_heads=12),
         plan(0, num_kv_heads=9),
         plan(0, intermediate_size=3072),
@@ -108,12 +112,45 @@ def test_a_refusal_names_the_numbers_and_what_fits() -> None:
     with pytest.raises(CapacityError) as refusal:
         here.check()
     assert str(refusal.value) == (
-        "max_batch 32 and max_len 4096 need 6,909 MB: weights 541 MB, cache 6,181 MB, workspace "
-        "187 MB; 3,000 MB are available (container): set max_batch 11, or max_len 1408"
+        "max_batch 32 and max_len 4096 need 6,933 MB: weights 541 MB, cache 6,181 MB, workspace "
+        "210 MB; 3,000 MB are available (container): set max_batch 11, or max_len 1408"
     )
     assert refusal.value.param == "max_batch"
     replace(here, max_batch=11).check()
     replace(here, max_len=1344).check()
+
+
+def test_kept_prompts_are_as_large_as_their_buffers() -> None:
+    here = replace(plan(0), geometry=FAKE_GEOMETRY, prefix_tokens=96)
+    buffers = cache_buffers(FAKE_GEOMETRY, here.num_prefix_blocks, CHUNK_MULTIPLE)
+    assert here.num_prefix_blocks == 3
+    assert here.prefixes == sum(buffer.nbytes for buffer in buffers)
+
+
+def test_as_many_prompts_as_fit_can_be_kept() -> None:
+    bare, block = plan(0, max_batch=4), 46_080 * 32
+    for room, expected in ((-1, 0), (0, 0), (block - 1, 0), (block, 32), (9 * block, 128)):
+        here = replace(plan(bare.total + room, max_batch=4), prefix_tokens=128)
+        assert here.largest_prefix_tokens == expected
+        assert replace(here, prefix_tokens=expected).fits == (room >= 0)
+
+
+def test_kept_prompts_are_shown_where_there_are_some() -> None:
+    bare, some = plan(24 * GB), replace(plan(24 * GB), prefix_tokens=4096)
+    assert "prefixes up to 189 MB, workspace" in some.summary()
+    assert "prefixes      189 MB\n" in describe(some)
+    assert (some.to_dict()["prefix_tokens"], some.to_dict()["prefixes"]) == (4096, 46_080 * 4096)
+    assert "prefixes" not in bare.summary() + describe(bare)
+    assert max(map(len, describe(some).splitlines())) <= 40
+
+
+def test_a_refusal_says_how_many_prompts_can_be_kept() -> None:
+    here = replace(plan(7 * GB), prefix_tokens=10**6)
+    with pytest.raises(CapacityError, match=r"cache 6,181 MB, prefixes 46,080 MB, .*") as refusal:
+        here.check()
+    assert str(refusal.value).endswith(": set prefix_tokens 1440")
+    assert refusal.value.param == "prefix_tokens"
+    replace(here, prefix_tokens=1440).check()
 
 
 def test_a_refusal_names_the_one_option_that_helps() -> None:
@@ -210,6 +247,47 @@ def test_by_default_max_len_is_what_the_plan_allows(
     memory[0] = REST + 64 * cache_capacity(225, PROMPT_CHUNK)  # less is not chosen for anybody
     with pytest.raises(CapacityError, match=r"max_len 512 need .* set max_len 192$"):
         LLM(fake_bundle, max_batch=1, threads=1)
+
+
+@pytest.mark.usefixtures("fake_backend")
+def test_by_default_so_many_prompts_are_kept_as_fit(fake_bundle: Path, memory: list[int]) -> None:
+    slots = 64 * cache_capacity(512, PROMPT_CHUNK)
+    for room, expected in ((4096 + 100, 4096), (4095, 4064), (40, 32), (31, 0)):
+        memory[0] = REST + slots + 64 * room
+        plan = LLM.plan(fake_bundle, max_batch=1)
+        assert (plan.prefix_tokens, plan.max_len, plan.fits) == (expected, 512, True)
+        with LLM(fake_bundle, max_batch=1, threads=1) as loaded:
+            assert loaded.memory_plan.prefix_tokens == expected
+    memory[0] -= 64 * 100  # then a shorter max_len comes before any kept prompt
+    plan = LLM.plan(fake_bundle, max_batch=1, max_len=512)
+    assert (plan.prefix_tokens, plan.fits) == (0, False)
+
+
+@pytest.mark.usefixtures("fake_backend")
+def test_a_number_of_kept_tokens_is_rounded_up_to_blocks_and_not_reduced(
+    fake_bundle: Path, memory: list[int]
+) -> None:
+    for wanted, expected in ((0, 0), (1, 32), (32, 32), (33, 64)):
+        assert LLM.plan(fake_bundle, prefix_tokens=wanted).prefix_tokens == expected
+    memory[0] = REST + 64 * cache_capacity(512, PROMPT_CHUNK)
+    with pytest.raises(CapacityError, match=r"set max_len 448, or prefix_tokens 0$"):
+        LLM(fake_bundle, max_batch=1, max_len=512, prefix_tokens=32, threads=1)
+    for wrong in (-1, 1.5, True, "1", 10**10):
+        for make in (LLM, LLM.plan, AsyncLLM):
+            with pytest.raises(RequestError, match="prefix_tokens") as refusal:
+                make(fake_bundle, prefix_tokens=wrong)  # type: ignore[arg-type]
+            assert refusal.value.param == "prefix_tokens"
+
+
+@pytest.mark.usefixtures("fake_backend")
+def test_the_switch_is_that_of_the_engine(fake_bundle: Path) -> None:
+    prompt, params = [7] * 200, SamplingParams(max_tokens=3, ignore_eos=True)
+    texts = []
+    for tokens, spared in ((None, 192), (64, 64), (0, 0)):
+        with LLM(fake_bundle, max_batch=2, threads=1, prefix_tokens=tokens) as loaded:
+            texts += loaded.generate([prompt, prompt], params)
+            assert loaded.stats().reused_tokens == spared
+    assert len({completion.text for completion in texts}) == 1
 
 
 def test_a_plan_can_be_had_without_loading(

@@ -103,6 +103,24 @@ def test_what_is_read_is_the_cache_in_place(backend: OrtCpu, runner: Runner) -> 
     assert np.array_equal(runner.run({2: [8]})[0], expected)
 
 
+def test_a_kept_block_is_the_same_in_another_slot(bundle: Bundle, session: Any) -> None:
+    backend = OrtCpu(
+        session, bundle.manifest.geometry, num_slots=3, capacity=CAPACITY, num_prefix_blocks=2
+    )
+    choose = np.random.default_rng(0)
+    for buffer in backend._cache:
+        buffer[:] = choose.standard_normal(buffer.shape)
+    before = [buffer.copy() for buffer in backend._cache]
+    backend.save_block(slot=1, start=32, block=1)
+    for buffer in backend._cache:
+        buffer[1] = 0  # its slot has changed hands
+    backend.load_block(slot=2, start=64, block=1)
+    for buffer, old in zip(backend._cache, before, strict=True):
+        assert np.array_equal(buffer[2, :, 64:96], old[1, :, 32:64])
+        assert np.array_equal(buffer[2, :, :64], old[2, :, :64])
+        assert np.array_equal(buffer[0], old[0])
+
+
 def test_dummy_rows_write_no_cache(backend: OrtCpu, runner: Runner) -> None:
     runner.run({2: [5]})  # one real row of four
     for buffer in backend._cache:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from llama_runtime import paged_cache
+from llama_runtime import prefixes
 from llama_runtime.detokenizer import Detokenizer, TokenBytes
 from llama_runtime.paged_cache import PagedCache
 from llama_runtime.params import SamplingParams
@@ -129,7 +129,15 @@ def test_a_sequence_that_runs_is_not_allocated_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "use", [PagedCache.free, PagedCache.computed, PagedCache.forget, PagedCache.table]
+    "use",
+    [
+        PagedCache.free,
+        PagedCache.computed,
+        PagedCache.forget,
+        PagedCache.table,
+        PagedCache.reuse,
+        PagedCache.next_block,
+    ],
 )
 def test_only_the_owner_can_use_a_slot_and_only_until_it_is_free(
     use: Callable[[PagedCache, Sequence], object],
@@ -163,7 +171,7 @@ def test_a_prompt_shares_the_full_blocks_that_it_begins_with() -> None:
     assert cache.table(second)[:2] == cache.table(first)[:2]
     assert cache.table(third)[:1] == cache.table(first)[:1]
     assert len({*cache.table(first), *cache.table(second), *cache.table(third)}) == 3 + 2 + 3
-    assert cache.num_shared_tokens == 12
+    assert cache.num_reused_tokens == 12
 
 
 def test_a_block_is_shared_only_once_all_of_it_is_computed() -> None:
@@ -253,11 +261,11 @@ def test_a_block_lasts_until_all_who_share_it_are_gone() -> None:
 
 
 def test_without_sharing_nothing_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(paged_cache, "blake2b")
+    monkeypatch.delattr(prefixes, "blake2b")
     cache = pool(12, share_prefixes=False)
     serve(cache, [*ONE, *TWO, 0])
     assert admit(cache, [*ONE, *TWO, 0]).cache_len == 0
-    assert cache.num_shared_tokens == 0
+    assert cache.num_reused_tokens == 0
 
 
 def test_a_prompt_that_waits_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +275,7 @@ def test_a_prompt_that_waits_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> 
         hashed.append(data)
         return blake2b(data, digest_size=digest_size)
 
-    monkeypatch.setattr(paged_cache, "blake2b", counting)
+    monkeypatch.setattr(prefixes, "blake2b", counting)
     cache, seq = pool(3), sequence([*ONE, *TWO, 0])
     other = admit(cache, [7], max_tokens=8)
     for _ in range(5):
@@ -275,7 +283,91 @@ def test_a_prompt_that_waits_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> 
     cache.free(other)
     cache.allocate(seq)
     compute(cache, seq)
-    assert len(hashed) == 2
+    assert len(hashed) == 1 + 3  # the other's salt; its salt and its full blocks
+
+
+def test_a_prompt_that_runs_is_given_what_others_have_computed_by_now() -> None:
+    cache = pool(16)
+    first, second = admit(cache, [*ONE, *TWO, 0]), admit(cache, [*ONE, *TWO, *THREE, 1])
+    table, free = cache.table(second), cache.num_free_blocks
+    cache.reuse(second)
+    assert (second.cache_len, cache.table(second)) == (0, table)
+    assert cache.table(second) is table
+    for num_blocks in (1, 2):
+        advance(cache, first, SIZE)
+        cache.reuse(second)
+        cache.check()
+        assert second.cache_len == num_blocks * SIZE
+        assert cache.table(second)[:num_blocks] == cache.table(first)[:num_blocks]
+        assert cache.table(second)[num_blocks:] == table[num_blocks:]
+        assert cache.table(second) is not table  # so that who wrote it down sees it
+        assert cache.num_free_blocks == free + num_blocks  # its own are for others
+    assert (cache.num_reused_tokens, cache.num_prefix_hits, second.num_reused) == (8, 1, 8)
+    compute(cache, second)
+    cache.free(first)
+    cache.free(second)
+    cache.check()
+    assert cache.num_free_blocks == 16
+
+
+def test_a_prompt_that_runs_keeps_what_it_has_begun_and_a_token_to_compute() -> None:
+    cache = pool(16)
+    begun, whole = admit(cache, [*ONE, *TWO, 0]), admit(cache, [*ONE, *TWO])
+    advance(cache, begun, 1)
+    serve(cache, [*ONE, *TWO, 0])
+    for seq, spared in ((begun, 0), (whole, 4)):
+        cache.reuse(seq)
+        cache.check()
+        assert seq.num_reused == spared
+    advance(cache, begun, 3)
+    cache.reuse(begun)
+    cache.check()
+    assert (begun.cache_len, begun.num_reused) == (8, 4)
+
+
+def test_blocks_that_nobody_holds_are_given_to_a_prompt_that_runs() -> None:
+    cache = pool(16)
+    seq = admit(cache, [*ONE, *TWO, 0])
+    kept = serve(cache, [*ONE, *TWO, 1])[:2]
+    cache.reuse(seq)
+    cache.check()
+    assert (seq.cache_len, cache.table(seq)[:2]) == (8, kept)
+
+
+def test_prompts_that_compute_the_same_block_next_say_so() -> None:
+    cache = pool(16)
+    first, second = admit(cache, [*ONE, *TWO, 0]), admit(cache, [*ONE, *THREE, 0])
+    scored, salted = admit(cache, ONE, prompt_logprobs=True), admit(cache, ONE, cache_salt="a")
+    block = cache.next_block(first)
+    assert block == cache.next_block(second) is not None
+    assert cache.next_block(scored) is None
+    assert cache.next_block(salted) not in (None, block)
+    advance(cache, first, 2)
+    assert cache.next_block(first) == block  # which it goes on with
+    for seq, num_tokens in ((first, 2), (second, 4)):
+        advance(cache, seq, num_tokens)
+    assert cache.next_block(first) != cache.next_block(second)
+    advance(cache, first, 4)
+    assert cache.next_block(first) is None  # it doesn't fill another
+
+
+def test_another_salt_has_nothing_in_common() -> None:
+    cache = pool(16)
+    serve(cache, [*ONE, 0], cache_salt="a")
+    for salt, spared in (("b", 0), ("", 0), ("a", 4)):
+        seq = admit(cache, [*ONE, 0], cache_salt=salt)
+        cache.reuse(seq)
+        assert seq.cache_len == spared
+
+
+def test_after_a_fault_a_prompt_is_given_nothing_and_names_no_block() -> None:
+    cache = pool(16)
+    seq = admit(cache, [*ONE, *TWO, 0])
+    serve(cache, [*ONE, *TWO, 0])
+    cache.forget(seq)
+    cache.reuse(seq)
+    cache.check()
+    assert (seq.cache_len, cache.next_block(seq)) == (0, None)
 
 
 # --- eviction -----------------------------------------------------------------------------------

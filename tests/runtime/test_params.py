@@ -33,6 +33,11 @@ IN_RANGE: dict[str, list[Any]] = {
     "logprobs": [True, False],
     "top_logprobs": [0, 1, 20],
     "prompt_logprobs": [True, False],
+    "speculation": ["off", "on", "auto"],
+    "priority": [-100, 0, 100],
+    "deadline": [None, 0, 0.5, 1e9],
+    "caller": [None, "", "somebody", "x" * 256, "\N{SNOWMAN}"],
+    "cache_salt": ["", "x" * 256, "\N{SNOWMAN}"],
 }
 OUT_OF_RANGE: dict[str, list[Any]] = {
     "min_tokens": [-1, 257, True, 1.0, NAN, INF, "1", None],
@@ -61,6 +66,11 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "logprobs": [0, 1, None, "true", 5],
     "top_logprobs": [-1, 21, True, 1.0, NAN, "1", None],
     "prompt_logprobs": [0, 1, None, "true", 5],
+    "speculation": [None, True, "", "On", 1],
+    "priority": [-101, 101, 0.5, True, NAN, "1", None],
+    "deadline": [-1, 1.1e9, NAN, INF, True, "1"],
+    "caller": [5, True, b"a", "x" * 257, "\ud800", ["a"]],
+    "cache_salt": [None, 5, b"a", "x" * 257, "\ud800"],
 }
 
 

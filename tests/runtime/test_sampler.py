@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ import pytest
 from llama_runtime.params import SamplingParams
 from llama_runtime.sampler import Sampler, edit
 from llama_runtime.sampling import NOT_FINITE, Kernels, Reference
+from llama_runtime.scheduler import Chunk
+from llama_runtime.sequence import Sequence
 from tests.sampling.frequencies import (
     CASES,
     COMPLETION,
@@ -64,6 +68,12 @@ EDITS: dict[str, dict[str, Any]] = {
         "min_tokens": 12,
     },
 }
+
+
+def a_chunk(seq: Sequence, draft: Seq[int] = ()) -> Chunk:
+    """The newest token of a sequence, and guesses at what follows it."""
+    seq.cache_len = seq.num_tokens - 1
+    return Chunk(seq, 1, draft)
 
 
 # --- edits --------------------------------------------------------------------------------------
@@ -126,7 +136,7 @@ def test_only_the_rows_of_those_who_ask_are_edited(kernels: str) -> None:
     logits = np.stack([a_row(seed) for seed in range(3)])
     before = logits.copy()
     sampler = Sampler(KERNELS[kernels](VOCAB_SIZE), EOS)
-    sampler.sample(logits, [a_sequence(of_row) for of_row in params])
+    sampler.sample(logits, [a_chunk(a_sequence(of_row)) for of_row in params])
     same = [np.array_equal(*pair) for pair in zip(logits, before, strict=True)]
     assert same == [True, False, True]
 
@@ -142,8 +152,8 @@ def test_log_probabilities_are_those_of_the_row_before_any_edit(kernels: str) ->
     row = a_row(5)
     plain = np.log(distribution(row, SamplingParams(temperature=1)))
     sampler = Sampler(KERNELS[kernels](VOCAB_SIZE), EOS)
-    seqs = [a_sequence(params) for params in several]
-    tokens, logprobs = sampler.sample(np.stack([row] * 3), seqs)
+    chunks = [a_chunk(a_sequence(params)) for params in several]
+    tokens, logprobs = sampler.sample(np.stack([row] * 3), chunks)
     likeliest = np.argsort(-row)[:4].tolist()
     for token, logprob, params in zip(tokens, logprobs, several, strict=True):
         assert logprob is not None
@@ -161,14 +171,60 @@ def test_a_row_that_is_not_finite_is_named_and_its_neighbours_are_scored(kernels
     sampler = Sampler(KERNELS[kernels](VOCAB_SIZE), EOS)
     params = SamplingParams(logprobs=True, temperature=1)
     logits = np.stack([a_row(0), np.full(VOCAB_SIZE, np.nan, np.float32), a_row(2)])
+    chunks = [a_chunk(a_sequence(params, seed=i)) for i in range(3)]
     with np.errstate(invalid="ignore"):
-        tokens, logprobs = sampler.sample(logits, [a_sequence(params, seed=i) for i in range(3)])
+        tokens, logprobs = sampler.sample(logits, chunks)
     assert [token == NOT_FINITE for token in tokens] == [False, True, False]
     for row in (0, 2):
         plain = np.log(distribution(a_row(row), SamplingParams(temperature=1)))
         logprob = logprobs[row]
         assert logprob is not None
         assert logprob.logprob == pytest.approx(plain[tokens[row]], abs=1e-6)
+
+
+# --- guesses ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "nothing"])
+def test_a_row_after_guesses_is_that_of_a_sequence_that_has_them(name: str, kernels: str) -> None:
+    """Drawn token, log-probability and edits; whatever rows of others lie beside it."""
+    sampler = Sampler(KERNELS[kernels](VOCAB_SIZE), EOS)
+    params = replace(CASES[name], logprobs=True, top_logprobs=3, seed=5)
+    draft = [47, COMPLETION[0], 47, PROMPT[1], 30]  # new ones, and such as were there before
+    logits = np.stack([a_row(i) for i in range(len(draft) + 3)])
+    beside = a_sequence(params, completion=[1], seed=2)
+    seq = a_sequence(params, seed=7)
+    rows = logits.copy()
+    tokens, logprobs = sampler.sample(rows, [a_chunk(beside), a_chunk(seq, draft), a_chunk(beside)])
+    for ahead in range(len(draft) + 1):
+        grown = a_sequence(params, completion=[*COMPLETION, *draft[:ahead]], seed=7)
+        row = logits[1 + ahead : 2 + ahead].copy()
+        (token,), (logprob,) = sampler.sample(row, [a_chunk(grown)])
+        assert tokens[1 + ahead] == token
+        assert logprobs[1 + ahead] == logprob
+        assert np.array_equal(rows[1 + ahead], row[0])
+    assert len(tokens) == len(logprobs) == len(logits)
+
+
+def test_guesses_are_counted_for_their_rows_alone() -> None:
+    params = SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5)
+    seq, untouched = a_sequence(params), a_sequence(params)
+    sampler = Sampler(Reference(), EOS)
+    sampler.sample(np.stack([a_row(i) for i in range(4)]), [a_chunk(seq, [46, 7, 46])])
+    assert seq.counts is not None
+    assert untouched.counts is not None
+    assert seq.counts.token_ids.tolist() == untouched.counts.token_ids.tolist()
+    assert seq.counts.in_completion.tolist() == untouched.counts.in_completion.tolist()
+    assert seq.token_ids == untouched.token_ids
+
+
+def test_the_least_length_counts_guesses() -> None:
+    """Only the rows that lie below it are kept from ending."""
+    seq = a_sequence(SamplingParams(min_tokens=len(COMPLETION) + 2))
+    rows = np.stack([a_row(i) for i in range(4)])
+    Sampler(Reference(), EOS).sample(rows, [a_chunk(seq, [1, 1, 1])])
+    assert np.isinf(rows[:, EOS[0]]).tolist() == [True, True, False, False]
 
 
 # --- distributions ------------------------------------------------------------------------------

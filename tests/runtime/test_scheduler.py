@@ -271,3 +271,108 @@ def test_limits_under_which_a_prompt_might_never_move_are_refused() -> None:
     with pytest.raises(ValueError, match=r"prompt_budget must be at least 33, not 32"):
         scheduler(4, prompt_budget=32)
     scheduler(4, prompt_budget=33, max_chunk=33)
+
+
+def streams(rows: Scheduler, count: int, *, streamed: bool) -> list[Sequence]:
+    """Sequences whose prompts are in the cache."""
+    seqs = [sequence(2) for _ in range(count)]
+    for seq in seqs:
+        seq.streamed = streamed
+        rows.add(seq)
+    while any(not seq.decodes or seq.cache_len == 0 for seq in seqs):
+        finish_step(rows.schedule())
+    return seqs
+
+
+@pytest.mark.parametrize(
+    ("count", "streamed", "longest"),
+    [
+        pytest.param(1, False, 128, id="nobody watches"),
+        pytest.param(1, True, 32, id="one stream, the least"),
+        pytest.param(16, True, 32, id="as many as make the least"),
+        pytest.param(32, True, 64, id="twice as many as decode"),
+        pytest.param(64, True, 128, id="and no more than without"),
+    ],
+)
+def test_steps_of_prompts_are_short_while_somebody_reads_a_stream(
+    count: int, streamed: bool, longest: int
+) -> None:
+    rows = Scheduler(SlotCache(80, 1024), prompt_budget=128, max_chunk=128, stream_budget=MIN_CHUNK)
+    running = streams(rows, count, streamed=streamed)
+    prompt = sequence(500)
+    rows.add(prompt)
+    chunks = rows.schedule()
+    while chunks[0].seq is not prompt:
+        finish_step(chunks)
+        chunks = rows.schedule()
+    assert lengths(chunks) == {prompt.id: longest}
+    for seq in running:
+        rows.remove(seq)
+    finish_step(chunks)
+    assert lengths(rows.schedule()) == {prompt.id: 128}
+
+
+def test_a_prompt_that_is_read_as_it_comes_does_not_slow_itself_down() -> None:
+    rows = Scheduler(SlotCache(2, 1024), prompt_budget=128, max_chunk=128, stream_budget=MIN_CHUNK)
+    prompt = sequence(500)
+    prompt.streamed = True
+    rows.add(prompt)
+    assert lengths(rows.schedule()) == {prompt.id: 128}
+
+
+def test_no_more_run_than_the_limit_allows_and_those_beyond_it_may_end() -> None:
+    rows = scheduler(4)
+    seqs = [sequence(2) for _ in range(6)]
+    for seq in seqs:
+        rows.add(seq)
+    rows.limit = 3
+    rows.schedule()
+    assert [seq in rows.running for seq in seqs] == [True] * 3 + [False] * 3
+    assert not rows.has_room
+    rows.limit = 2
+    rows.remove(seqs[0])
+    rows.schedule()
+    assert len(rows.running) == 2
+    rows.limit = 4
+    rows.schedule()
+    assert len(rows.running) == 4
+
+
+class Shared(SlotCache):
+    """A cache in which prompts that begin with the same token share blocks of 32 tokens."""
+
+    def __init__(self, num_slots: int, max_len: int) -> None:
+        super().__init__(num_slots, max_len)
+        self.blocks: set[bytes] = set()
+
+    def block(self, seq: Sequence, start: int) -> bytes:
+        return bytes([seq.token_ids[0] % 256, start // 32])
+
+    def reuse(self, seq: Sequence) -> None:
+        while seq.cache_len + 32 < seq.num_tokens and self.block(seq, seq.cache_len) in self.blocks:
+            seq.cache_len += 32
+
+    def next_block(self, seq: Sequence) -> bytes | None:
+        whole = seq.cache_len + 32 <= seq.num_prompt_tokens
+        return self.block(seq, seq.cache_len) if whole else None
+
+    def computed(self, seq: Sequence) -> None:
+        self.blocks |= {self.block(seq, start) for start in range(0, seq.cache_len - 31, 32)}
+
+
+def test_prompts_that_begin_alike_wait_for_the_one_that_computes_it() -> None:
+    cache = Shared(3, 512)
+    rows = Scheduler(cache, prompt_budget=256, max_chunk=64)
+    first, second, other = sequence(140), sequence(140), sequence(140)
+    other.token_ids[0] += 1
+    for seq in (first, second, other):
+        rows.add(seq)
+    ran = []
+    for _ in range(3):
+        chunks = rows.schedule()
+        ran.append(lengths(chunks))
+        for chunk in chunks:
+            chunk.seq.cache_len += chunk.num_tokens
+            cache.computed(chunk.seq)
+    a, b, c = first.id, second.id, other.id
+    assert ran == [{a: 64, c: 64}, {a: 64, c: 64}, {a: 12, b: 12, c: 12}]

@@ -170,7 +170,7 @@ def test_a_step_reads_no_more_prompts_than_the_scheduler_was_told(
     ]
 
 
-@pytest.mark.parametrize(("limits", "tokens"), [({}, 40), ({"max_logits": 9}, 9)])
+@pytest.mark.parametrize(("limits", "tokens"), [({}, 60), ({"max_logits": 9}, 9)])
 def test_a_step_scores_no_more_rows_than_the_scheduler_was_told(
     limits: dict[str, int], tokens: int
 ) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llama_runtime.completion import Completion
 from llama_runtime.detokenizer import TokenBytes
-from llama_runtime.engine import TokenEvent
+from llama_runtime.events import TokenEvent
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import Sequence
 from llama_runtime.slots_engine import slots_engine
@@ -185,6 +185,10 @@ class Speaker:
         return logits
 
     def clean(self, slot: int, num_tokens: int) -> None: ...
+
+    def save_block(self, slot: int, start: int, block: int) -> None: ...
+
+    def load_block(self, slot: int, start: int, block: int) -> None: ...
 
     def close(self) -> None: ...
 

@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_refused_before_it_is_launched(model: Model) -> Non
     num_run = len(recorded.contexts.shapes)
     seqs[1].cache_len = MAX_LEN  # as no engine has it
     ahead, beside, prompts = Chunk(seqs[1], 1), Chunk(seqs[2], 1), Chunk(seqs[1], 2)
-    ahead.samples = beside.samples = True
+    ahead.num_sampled = beside.num_sampled = 1
     for chunk in (ahead, beside, prompts):
         with pytest.raises(BackendError, match=r"slot 1 has 128 cells, .* fill 1(29|30)"):
             recorded.runner.launch([chunk])

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from llama_runtime.admission import Accepted, Message, Ticket
-from llama_runtime.engine import TokenEvent
 from llama_runtime.errors import (
     BackendError,
     CapacityError,
@@ -26,6 +25,7 @@ from llama_runtime.errors import (
     QueueFullError,
     RequestError,
 )
+from llama_runtime.events import TokenEvent
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import Sequence
 from llama_runtime.worker import Worker

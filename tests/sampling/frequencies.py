@@ -27,6 +27,7 @@ from llama_runtime.detokenizer import Detokenizer
 from llama_runtime.params import SamplingParams
 from llama_runtime.sampler import Sampler
 from llama_runtime.sampling import Kernels
+from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence
 
 Row = npt.NDArray[np.float32]
@@ -164,11 +165,12 @@ def counts_of_draws(kernels: Kernels, row: Row, params: SamplingParams, draws: i
     """How often each token [V] comes, each draw with a seed of its own."""
     sampler, batch = Sampler(kernels, EOS), min(draws, 500)
     seqs = [a_sequence(params) for _ in range(batch)]
+    chunks = [Chunk(seq, seq.num_tokens - seq.cache_len) for seq in seqs]
     counts = np.zeros(row.size)
     for start in range(0, draws, batch):
         for i, seq in enumerate(seqs):
             seq.seed = start + i
-        tokens, _ = sampler.sample(np.tile(row, (batch, 1)), seqs)
+        tokens, _ = sampler.sample(np.tile(row, (batch, 1)), chunks)
         counts += np.bincount(tokens, minlength=row.size)
     return counts
 
