@@ -78,6 +78,14 @@ class Timed:
         """See ``Backend.clean``."""
         self.inner.clean(slot, num_tokens)
 
+    def save_block(self, slot: int, start: int, block: int) -> None:
+        """See ``Backend.save_block``."""
+        self.inner.save_block(slot, start, block)
+
+    def load_block(self, slot: int, start: int, block: int) -> None:
+        """See ``Backend.load_block``."""
+        self.inner.load_block(slot, start, block)
+
     def close(self) -> None:
         """Nothing: the next round uses the one inside."""
 

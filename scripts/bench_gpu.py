@@ -22,6 +22,7 @@ from llama_runtime.cuda_loading import opened_devices
 from llama_runtime.engine import Engine
 from llama_runtime.loading import load
 from llama_runtime.memory_plan import weight_bytes
+from llama_runtime.settings import Settings
 from scripts.bench_gpu_sampler import sampler
 from scripts.bench_machine import machine
 
@@ -95,10 +96,7 @@ def decode(bundle: Path, batches: list[int], rounds: int) -> list[Results]:
     """Milliseconds of a whole step of the engine that decodes so many sequences."""
     loaded = load(
         bundle,
-        max_batch=max(batches),
-        max_len=CONTEXT + TIMED_STEPS + SPARE,
-        threads=None,
-        devices=None,
+        Settings(max_batch=max(batches), max_len=CONTEXT + TIMED_STEPS + SPARE),
         verify="size",
     )
     engine, manifest = loaded.engine, loaded.encoder.bundle.manifest

@@ -107,6 +107,7 @@ def proofs(folder: Path, *, large: bool) -> Iterator[tuple[str, Proof]]:
     yield "parameters of all kinds in one batch", partial(_company, tied)
     yield "a shared prefix changes nothing", partial(_prefixes, tied)
     yield "a replayed graph is the graph", partial(_replays, tied)
+    yield "a batch whose size is found", partial(_auto, tied)
     many: dict[str, Any] = {"num_slots": 300, "prompt_lengths": [7, 40, 3] * 110}
     yield "300 sequences at once", partial(_checked, tied, config, "fp16", **many)
     small = made(folder, "d64-tied", "fp16+fp8kv")
@@ -152,21 +153,31 @@ def _replays(bundle: Path) -> Results:
 
 def _prefixes(bundle: Path) -> Results:
     """Prompts with a common beginning, computed by each of them and by the first alone."""
-    with LLM(bundle, max_batch=4, max_len=1000, verify="size") as llm:
+    with LLM(bundle, max_batch=4, max_len=1000, verify="size", prefix_tokens=0) as llm:
         head = _tokens(llm, [700])[0]
         prompts = [head + tail for tail in _tokens(llm, [3, 40, 1, 100])]
         params = SamplingParams(max_tokens=30, ignore_eos=True, logprobs=True)
-        # Of prompts that are admitted together none finds the others' blocks.
-        apart = [llm.generate(prompt[:1] + prompt[1:], params)[0] for prompt in prompts[:1]]
-        apart += llm.generate(prompts[1:], params)
-        cache: Any = llm._engine._engine._cache  # type: ignore[attr-defined]
-        shared = cache.num_shared_tokens
+        apart, unshared = llm.generate(prompts, params), llm.stats().reused_tokens
     with LLM(bundle, max_batch=4, max_len=1000, verify="size") as llm:
         together = llm.generate(prompts, params)
+        shared = llm.stats().reused_tokens
+        again = llm.generate(prompts, params)
     found = _same(apart, together)
-    found["ok"] &= shared >= 3 * 512
+    found["ok"] &= shared >= 3 * 512 and unshared == 0 and _same(together, again)["ok"]
     found["text"] += f"; {shared} tokens were shared"
     return found
+
+
+def _auto(bundle: Path) -> Results:
+    """More short requests than slots, with as many at once as throughput gains from."""
+    with LLM(bundle, max_batch="auto", max_len=256, verify="size") as llm:
+        params = SamplingParams(max_tokens=64, ignore_eos=True)
+        done = llm.generate(_tokens(llm, [8] * 1500), params)
+        stats, slots = llm.stats(), llm.max_batch
+    whole = all(len(completion.token_ids) == 64 for completion in done)
+    reasons = "; ".join(decision.reason for decision in stats.batch_decisions)
+    ok = whole and 0 < stats.batch_limit <= slots and bool(reasons)
+    return {"ok": ok, "text": f"{slots} slots, {stats.batch_limit} in the end ({reasons})"}
 
 
 def _company(bundle: Path) -> Results:

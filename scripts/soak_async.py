@@ -167,8 +167,15 @@ def soak(llm: AsyncLLM, requests: int, seed: int, say: Callable[[str], None]) ->
 def fake_llm() -> Iterator[AsyncLLM]:
     """One without a model, and with room for few that wait."""
 
-    def backend(_: object, geometry: Geometry, *, num_slots: int, capacity: int) -> Fake:
-        return Fake(num_slots, capacity, geometry.vocab_size)
+    def backend(
+        _: object,
+        geometry: Geometry,
+        *,
+        num_slots: int,
+        capacity: int,
+        num_prefix_blocks: int,
+    ) -> Fake:
+        return Fake(num_slots, capacity, geometry.vocab_size, num_prefix_blocks=num_prefix_blocks)
 
     with (
         tempfile.TemporaryDirectory() as directory,
