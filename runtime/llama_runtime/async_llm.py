@@ -58,7 +58,8 @@ class AsyncLLM:
             it is None, for as many as the cache has room for, or 0; with TensorRT none are kept.
         stream_budget: prompt tokens that a step may hold while somebody reads a stream: fewer keep
             the gaps between its tokens small, more answer prompts sooner. It is never less than
-            twice as many as sequences run. None takes 33, and 512 on CUDA; TensorRT has none.
+            twice as many as sequences run. 33 to 256, and to 2,048 on CUDA; None takes 33, and 512
+            on CUDA. TensorRT has none.
         verify: how the bundle's files are checked; see ``open_bundle``.
         max_queued_requests: so many requests may wait for a slot; one more is refused at once.
         max_queued_tokens: with so many prompt tokens waiting, no more requests are taken.

@@ -22,7 +22,7 @@ from llama_runtime.memory_plan import weight_bytes
 
 CUDA_MAX_BATCH = 128  # unless told
 CUDA_AUTO_MAX_BATCH = 256  # if the size is to be found
-PROMPT_BUDGET = 2048  # prompt tokens of one step
+CUDA_PROMPT_BUDGET = 2048  # prompt tokens of one step
 _DTYPES: dict[str, tuple[DType, DType]] = {  # of activations, and of keys and values
     "fp16": ("float16", "float16"),
     "bf16": ("bfloat16", "bfloat16"),
@@ -73,7 +73,7 @@ def cuda_plan(bundle: Bundle, devices: Seq[Device], max_batch: int, max_len: int
         available=min(memories, key=lambda memory: memory.num_bytes),
         max_batch=max_batch,
         max_len=max_len,
-        prompt_budget=PROMPT_BUDGET,
+        prompt_budget=CUDA_PROMPT_BUDGET,
         block_size=block_size_of(geometry.head_dim),
         cache_item_bytes=CACHE_ITEM_BYTES[cache_dtype],
     )

@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import count, islice
 from math import inf
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 from llama_runtime.backends.base import Launched, Runner
 from llama_runtime.batch_sizer import BatchSizer
@@ -26,7 +26,7 @@ from llama_runtime.new_sequence import new_sequence
 from llama_runtime.params import SamplingParams
 from llama_runtime.sampling import NOT_FINITE
 from llama_runtime.scheduler import Chunk, Scheduler
-from llama_runtime.sequence import FinishReason, Sequence, TokenLogprob
+from llama_runtime.sequence import FinishReason, Origin, Sequence, TokenLogprob
 
 
 class Engine:
@@ -129,25 +129,14 @@ class Engine:
         )
 
     def add(
-        self,
-        prompt_token_ids: Seq[int],
-        params: SamplingParams,
-        *,
-        sample: int = 0,
-        seed: int | None = None,
-        caller: Hashable = None,
-        streamed: bool = False,
+        self, prompt_token_ids: Seq[int], params: SamplingParams, **origin: Unpack[Origin]
     ) -> Sequence:
         """Queue a prompt; ``prepare`` and ``enqueue`` in one.
 
         Args:
             prompt_token_ids: at least one token.
             params: how to continue it.
-            sample: which of its ``n`` completions this is; each is added by itself.
-            seed: its random stream where ``params`` name none; None draws a fresh one.
-            caller: whose it is where ``params`` don't say; see ``WaitingQueue``.
-            streamed: whether somebody reads its tokens as they come: then steps of prompts are
-                short while it runs.
+            origin: see ``Origin``.
 
         Returns:
             The sequence; its ``id`` is that of the events, its ``seed`` the one in use.
@@ -158,9 +147,7 @@ class Engine:
             BackendError: an earlier step failed and the engine has stopped.
             CaravanError: the engine is closed.
         """
-        seq = self.prepare(
-            prompt_token_ids, params, sample=sample, seed=seed, caller=caller, streamed=streamed
-        )
+        seq = self.prepare(prompt_token_ids, params, **origin)
         self.enqueue(seq)
         return seq
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
-from typing import Protocol
+from typing import Protocol, Unpack
 
 from llama_runtime.engine import Engine
 from llama_runtime.errors import BackendError, CaravanError
 from llama_runtime.events import Counters, TokenEvent
 from llama_runtime.growth import late_error
 from llama_runtime.params import SamplingParams
-from llama_runtime.sequence import Sequence
+from llama_runtime.sequence import Origin, Sequence
 from llama_runtime.waiting import WaitingQueue
 
 
@@ -45,14 +45,7 @@ class AnyEngine(Protocol):
         """A copy of the counters."""
 
     def add(
-        self,
-        prompt_token_ids: Seq[int],
-        params: SamplingParams,
-        *,
-        sample: int = 0,
-        seed: int | None = None,
-        caller: Hashable = None,
-        streamed: bool = False,
+        self, prompt_token_ids: Seq[int], params: SamplingParams, **origin: Unpack[Origin]
     ) -> Sequence:
         """Queue a prompt."""
 
@@ -147,19 +140,10 @@ class EngineGroup:
         )
 
     def add(
-        self,
-        prompt_token_ids: Seq[int],
-        params: SamplingParams,
-        *,
-        sample: int = 0,
-        seed: int | None = None,
-        caller: Hashable = None,
-        streamed: bool = False,
+        self, prompt_token_ids: Seq[int], params: SamplingParams, **origin: Unpack[Origin]
     ) -> Sequence:
         """See ``Engine.add``; it gets its slot, and so its engine, in the next step or later."""
-        seq = self._turns[0].prepare(
-            prompt_token_ids, params, sample=sample, seed=seed, caller=caller, streamed=streamed
-        )
+        seq = self._turns[0].prepare(prompt_token_ids, params, **origin)
         if seq.id in self._sequences:
             raise ValueError("the engines of a group must share their ids")
         self._sequences[seq.id] = seq

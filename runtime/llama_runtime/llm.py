@@ -50,7 +50,8 @@ class LLM:
             it is None, for as many as the cache has room for, or 0; with TensorRT none are kept.
         stream_budget: prompt tokens that a step may hold while somebody reads a stream: fewer keep
             the gaps between its tokens small, more answer prompts sooner. It is never less than
-            twice as many as sequences run. None takes 33, and 512 on CUDA; TensorRT has none.
+            twice as many as sequences run. 33 to 256, and to 2,048 on CUDA; None takes 33, and 512
+            on CUDA. TensorRT has none.
         verify: how the bundle's files are checked; see ``open_bundle``.
 
     Raises:

@@ -152,7 +152,7 @@ def _load_slots(
 ) -> Loaded:
     wanted = _plan_slots(encoder.bundle, settings)
     threads = settings.num_threads(default_threads())
-    stream_budget = settings.budget(MIN_CHUNK, least=MIN_CHUNK)
+    stream_budget = settings.budget(MIN_CHUNK, least=MIN_CHUNK, most=PROMPT_BUDGET)
     wanted.check()
     manifest = encoder.bundle.manifest
     kernels = OrtSampler(encoder.bundle.graph_path(SAMPLER), manifest.geometry.vocab_size, threads)
@@ -196,9 +196,9 @@ def _plan_paged(bundle: Bundle, settings: Settings, devices: Seq[Device]) -> Cud
 def _load_paged(
     encoder: PromptEncoder, settings: Settings, params: SamplingParams, eos: frozenset[int]
 ) -> Loaded:
-    from llama_runtime.cuda_loading import cuda_engines, opened_devices
+    from llama_runtime.cuda_loading import CUDA_PROMPT_BUDGET, cuda_engines, opened_devices
 
-    stream_budget = settings.budget(CUDA_STREAM_BUDGET)
+    stream_budget = settings.budget(CUDA_STREAM_BUDGET, least=1, most=CUDA_PROMPT_BUDGET)
     with opened_devices(settings.ordinals()) as found:
         wanted = _plan_paged(encoder.bundle, settings, found)
         wanted.check()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypedDict
 
 from llama_runtime.detokenizer import Detokenizer
 from llama_runtime.params import SamplingParams
@@ -13,6 +13,23 @@ from llama_runtime.stop_texts import StopTexts
 from llama_runtime.token_counts import TokenCounts
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Origin(TypedDict, total=False):
+    """Where a sequence comes from; each may be left out.
+
+    Attributes:
+        sample: which of the ``n`` completions of a request it is, from 0.
+        seed: its random stream where ``params`` name none; None draws a fresh one.
+        caller: whose it is where ``params`` don't say; see ``WaitingQueue``.
+        streamed: whether somebody reads its tokens as they come: then steps of prompts are short
+            while it runs.
+    """
+
+    sample: int
+    seed: int | None
+    caller: Hashable
+    streamed: bool
 
 
 @dataclass(frozen=True, slots=True)

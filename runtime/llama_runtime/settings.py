@@ -17,7 +17,6 @@ DEFAULT_MAX_BATCH = 32
 AUTO_MAX_BATCH = 128  # beyond, the CPU gains next to nothing
 DEFAULT_MAX_LEN = 4096
 LEAST_DEFAULT_LEN = 512  # less is not chosen for anybody: max_tokens alone is 256 by default
-MAX_STREAM_BUDGET = 2**20
 DEFAULT_PREFIX_TOKENS = 4096  # of prompts, kept for others
 MAX_PREFIX_TOKENS = 10**9
 
@@ -57,10 +56,10 @@ class Settings:
         """Threads of the kernels."""
         return in_range("threads", usual if self.threads is None else self.threads, 1024)
 
-    def budget(self, usual: int, least: int = 1) -> int:
-        """Prompt tokens of a step while somebody reads a stream."""
+    def budget(self, usual: int, *, least: int, most: int) -> int:
+        """Prompt tokens of a step while somebody reads a stream; no step has more than the most."""
         wanted = usual if self.stream_budget is None else self.stream_budget
-        return in_range("stream_budget", wanted, MAX_STREAM_BUDGET, low=least)
+        return in_range("stream_budget", wanted, most, low=least)
 
     def num_prefix_tokens(self) -> int:
         """Tokens of prompts that are kept, in whole blocks."""

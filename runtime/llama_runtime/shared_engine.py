@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 
 from llama_runtime.engine_group import AnyEngine
 from llama_runtime.errors import CaravanError, RequestError
-from llama_runtime.events import BatchDecision, Counters, TokenEvent
+from llama_runtime.events import Counters, TokenEvent
 from llama_runtime.params import SamplingParams, fresh_seed
 from llama_runtime.sequence import Sequence
 
@@ -24,8 +24,8 @@ Inbox = deque[TokenEvent]
 
 
 @dataclass(slots=True)
-class Stats:
-    """Counters since the start, and what goes on now.
+class Stats(Counters):
+    """Counters since the start, and what goes on now; ``Counters`` has the engine's own.
 
     Attributes:
         prompt_tokens: tokens of the prompts that were accepted.
@@ -33,8 +33,6 @@ class Stats:
         finished: sequences that ended, for whatever reason.
         running: sequences that hold a slot.
         waiting: sequences that wait for one.
-        reused_tokens, prefix_hits, drafted_tokens, accepted_tokens, late, batch_limit,
-        batch_decisions: see ``Counters``.
     """
 
     prompt_tokens: int = 0
@@ -42,13 +40,6 @@ class Stats:
     finished: int = 0
     running: int = 0
     waiting: int = 0
-    reused_tokens: int = 0
-    prefix_hits: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    late: int = 0
-    batch_limit: int = 0
-    batch_decisions: tuple[BatchDecision, ...] = ()
 
     def learn(self, counters: Counters) -> None:
         """Take over what an engine has counted."""
