@@ -25,6 +25,7 @@ from llama_runtime import LLM, SamplingParams, open_bundle
 from llama_runtime.backends.cuda_device import Device
 from llama_runtime.backends.cuda_sampler import CudaSampler
 from llama_runtime.errors import CaravanError
+from llama_runtime.grammars import Matcher, forbid, mask_words
 from llama_runtime.paged_batch import ROW, row_of
 from llama_runtime.sampler import edit
 from llama_runtime.sampling import NOT_FINITE, draw, likeliest, uniform
@@ -231,21 +232,29 @@ def _sampler(vocab_size: int, dtype: str, deviation: float, num_rows: int = 256)
     stored, logits = _stored(values, dtype)
     address = one.allocate(stored.nbytes)
     one.upload(address, stored)
+    masks = rng.integers(0, 2**32, (num_rows, mask_words(vocab_size)), np.uint32).view(np.int32)
+    masks[::2] &= rng.integers(0, 2**32, masks[::2].shape, np.uint32).view(np.int32)
+    masks[21:28] = 0  # where one word is left
+    masks[21:28, 7] = -1
     rows, seqs = np.zeros(num_rows, ROW), []
     for i in range(num_rows):
         edits = {**PENALTIES, "logit_bias": {3: 2.0}, "min_tokens": 2} if i % 5 == 0 else {}
         params = SamplingParams(**(KINDS[i % len(KINDS)] | edits))
         seq = Sequence(i, [1, 2, 3, i], 4, params, i * 7919, None, sample=i % 3)  # type: ignore[arg-type]
         seq.slot = i
+        if i % 7 == 0:
+            seq.matcher = Matcher(None, None)  # type: ignore[arg-type]  # the mask is made here
         rows[i] = row_of(seq, vocab_size)
         seqs.append(seq)
     kernels.prepare(seqs)
     packed = one.allocate(rows.nbytes)
     one.upload(packed, rows)
+    allowed = one.allocate(masks.nbytes)
+    one.upload(allowed, masks)
     found: dict[int, list[int]] = {}
     for count in (3, 40, num_rows):  # a cluster of blocks for each row, fewer, and one
         tokens = np.zeros(count, np.int32)
-        kernels.sample(address, packed, count)
+        kernels.sample(address, packed, allowed, count)
         one.download(tokens, kernels.tokens)
         one.synchronize()
         found[count] = tokens.tolist()
@@ -259,6 +268,8 @@ def _sampler(vocab_size: int, dtype: str, deviation: float, num_rows: int = 256)
         row = logits[i].copy()
         if seq.edited:
             edit(row, seq, (7,))
+        if seq.matcher is not None:
+            forbid(row, masks[i])
         want = int(likeliest(row[None])[0])
         if want != NOT_FINITE and not seq.params.greedy:
             want = draw(row, seq.params, uniform(seq.seed, seq.sample, 0))

@@ -16,6 +16,7 @@ from llama_runtime.contract import MIN_CHUNK, cache_capacity
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
 from llama_runtime.errors import BackendError
+from llama_runtime.host_masks import HostMasks
 from llama_runtime.kv_cache import SlotCache
 from llama_runtime.runner import HostRunner
 from llama_runtime.sampler import Sampler
@@ -61,7 +62,9 @@ class Overlapping:
     def __init__(self, name: str, num_slots: int, *, overlaps: bool, log: list[str]) -> None:
         backend = Fake(num_slots, cache_capacity(MAX_LEN, MIN_CHUNK), VOCAB_SIZE)
         step_batch = StepBatch(num_slots, MIN_CHUNK, backend.row_multiple)
-        self._host = HostRunner(backend, step_batch, Sampler(Reference(), END_TOKENS))
+        self._host = HostRunner(
+            backend, step_batch, Sampler(Reference(), END_TOKENS), HostMasks(VOCAB_SIZE)
+        )
         self._pending: dict[int, int] = {}  # tokens of the last step, by sequence
         self.name, self.overlaps, self.log = name, overlaps, log
         self.verifies = not overlaps

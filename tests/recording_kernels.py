@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from llama_runtime.backends.cuda_sampler import IN_PROMPT, THREADS
 from llama_runtime.backends.fake_paged import _params
-from llama_runtime.paged_batch import EDITED, GREEDY, ROW
+from llama_runtime.grammars import forbid, mask_words
+from llama_runtime.paged_batch import EDITED, GREEDY, MASKED, ROW
 from llama_runtime.sampling import NOT_FINITE, Logits, Reference, draw, likeliest, uniform
 
 
@@ -41,6 +42,7 @@ def _sample(
     blocks: int,
     logits: int,
     rows: int,
+    masks: int,
     bias: int,
     counts: int,
     size: int,
@@ -53,6 +55,9 @@ def _sample(
         values = array(logits + 4 * size * i, "f4", size).copy()
         if row["flags"] & EDITED:
             _edited(array, values, row, bias, counts)
+        if row["flags"] & MASKED:
+            words = mask_words(size)
+            forbid(values, array(masks + 4 * words * i, "i4", words))
         token = int(likeliest(values[None])[0])
         if token != NOT_FINITE and not row["flags"] & GREEDY:
             number = uniform(int(row["seed"]), int(row["sample"]), int(row["index"]))

@@ -132,7 +132,7 @@ class Call(Generic[Item]):
     Args:
         worker: runs them.
         items: prompts or conversations.
-        source: makes a prompt of one of them.
+        source: makes a prompt of one of them and its parameters.
         params: of each.
         window: the most that are in flight at once.
     """
@@ -141,7 +141,7 @@ class Call(Generic[Item]):
         self,
         worker: Worker,
         items: Seq[Item],
-        source: Callable[[Item], Source],
+        source: Callable[[Item, SamplingParams], Source],
         params: Seq[SamplingParams],
         window: int,
     ) -> None:
@@ -199,8 +199,9 @@ class Call(Generic[Item]):
     async def _begin(self, index: int, whole: Ticket) -> Ticket:
         ticket = self._worker.admit(partial(self._mailbox.post, index), whole)
         try:
-            token_ids = await encoded(self._source(self._items[index]))
-            self._worker.submit(ticket, token_ids, self._params[index])
+            params = self._params[index]
+            token_ids = await encoded(self._source(self._items[index], params))
+            self._worker.submit(ticket, token_ids, params)
         except BaseException:
             self._worker.cancel(ticket)
             raise

@@ -105,6 +105,7 @@ class AsyncLLM:
         self.memory_plan, self.threads = loaded.memory_plan, loaded.threads
         self.max_batch, self.max_len = self.memory_plan.max_batch, self.memory_plan.max_len
         self.default_params = loaded.default_params
+        self._grammars = loaded.grammars
         self._worker = Worker(
             loaded.engine,
             max_queued_requests=max_queued_requests,
@@ -170,7 +171,7 @@ class AsyncLLM:
         Raises:
             RequestError: the prompt, ``params`` or ``timeout`` is of a wrong type.
         """
-        return self._stream(self._source(prompt), params, timeout)
+        return self._stream(prompt, self._source, params, timeout)
 
     def stream_chat(
         self,
@@ -180,7 +181,7 @@ class AsyncLLM:
         timeout: float | None = None,
     ) -> AsyncStream:
         """Answer one conversation, an event a token; otherwise as ``stream``."""
-        return self._stream(self._chat_source(messages), params, timeout)
+        return self._stream(messages, self._chat_source, params, timeout)
 
     async def generate(
         self,
@@ -310,17 +311,22 @@ class AsyncLLM:
         await self.close()
 
     def _stream(
-        self, source: Source, params: SamplingParams | None, timeout: float | None
+        self,
+        item: Item,
+        source: Callable[[Item, SamplingParams], Source],
+        params: SamplingParams | None,
+        timeout: float | None,
     ) -> AsyncStream:
         params = self.default_params if params is None else params
         if not isinstance(params, SamplingParams):
             raise wrong_type("params", "SamplingParams", params)
-        return AsyncStream(self._worker, source, params, Deadline(timeout), owner=self)
+        prompt = source(item, params)
+        return AsyncStream(self._worker, prompt, params, Deadline(timeout), owner=self)
 
     async def _gather(
         self,
         items: Seq[Item],
-        source: Callable[[Item], Source],
+        source: Callable[[Item, SamplingParams], Source],
         params: SamplingParams | Seq[SamplingParams] | None,
         timeout: float | None,
     ) -> list[Completion]:
@@ -343,13 +349,26 @@ class AsyncLLM:
                 raise wrong_type("params", "SamplingParams, or a list of them", one)
         return params
 
-    def _source(self, prompt: Prompt) -> Source:
+    def _source(self, prompt: Prompt, params: SamplingParams) -> Source:
         """A prompt as token ids, or what makes them of text."""
         if isinstance(prompt, str):
-            return partial(self._encoder.encode, prompt, max_len=self.max_len)
+            encode = partial(self._encoder.encode, prompt, max_len=self.max_len)
+            return self._compiling(encode, params)
         if not is_list(prompt):
             raise wrong_type("prompt", "a list of whole numbers, or text", prompt)
-        return list(prompt)
+        token_ids = list(prompt)
+        return (
+            token_ids if params.constraint is None else self._compiling(lambda: token_ids, params)
+        )
 
-    def _chat_source(self, messages: Seq[Message]) -> Source:
-        return partial(self._encoder.encode_chat, messages)
+    def _chat_source(self, messages: Seq[Message], params: SamplingParams) -> Source:
+        return self._compiling(partial(self._encoder.encode_chat, messages), params)
+
+    def _compiling(self, encode: Callable[[], list[int]], params: SamplingParams) -> Source:
+        """The same, after what the completion is held to has been compiled; both off the loop."""
+
+        def prepared() -> list[int]:
+            self._grammars.prepare(params.constraint)
+            return encode()
+
+        return prepared

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from llama_runtime.constraints import MAX_CONSTRAINT_BYTES
 from llama_runtime.errors import RequestError
 
 bundle_option = click.option(
@@ -165,6 +166,26 @@ _SAMPLING = [
         "[default: off]",
     ),
 ]
+_CONSTRAINTS = [
+    click.option(
+        "--json-schema",
+        metavar="FILE|JSON",
+        help="Hold the completion to JSON that this schema allows: a file, or the schema itself if "
+        "it begins with {.",
+    ),
+    click.option("--regex", metavar="TEXT", help="Hold it to a regular expression."),
+    click.option(
+        "--choice",
+        metavar="TEXT",
+        multiple=True,
+        help="Hold it to one of several texts; given once for each.",
+    ),
+    click.option(
+        "--grammar",
+        metavar="FILE",
+        help="Hold it to a grammar in the Lark dialect of llguidance.",
+    ),
+]
 _SCORES = [
     click.option(
         "--logprobs",
@@ -196,6 +217,7 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         *_LENGTH,
         *_SAMPLING,
+        *_CONSTRAINTS,
         *_SCORES,
         click.option(
             "--threads",
@@ -217,12 +239,29 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
     So the bundle's own stay where there are none.
 
     Raises:
-        RequestError: a bias is not a token id and a number.
+        RequestError: a bias is not a token id and a number, or a file can't be read as text.
     """
     found = {name: value for name, value in options.items() if value not in (None, ())}
+    if not found.get("json_schema", "{").lstrip().startswith("{"):
+        found["json_schema"] = _text_of("json_schema", found["json_schema"])
+    if "grammar" in found:
+        found["grammar"] = _text_of("grammar", found["grammar"])
     if "logit_bias" in found:
         found["logit_bias"] = dict(map(_bias, found["logit_bias"]))
     return found
+
+
+def _text_of(param: str, path: str) -> str:
+    """The text of a file, or of as much as is more than may be used."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(MAX_CONSTRAINT_BYTES + 1).decode("utf-8")
+    except UnicodeDecodeError as error:
+        problem = f"it is not UTF-8 text at byte {error.start + 1}"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    option = "--" + param.replace("_", "-")
+    raise RequestError(f"{option}: {path} can't be read: {problem}", param=param)
 
 
 def _bias(text: str) -> tuple[int, float]:

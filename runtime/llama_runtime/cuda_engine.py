@@ -11,6 +11,7 @@ from llama_runtime.batch_sizer import BatchSizer
 from llama_runtime.contract import DType, Geometry
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
+from llama_runtime.grammars import GrammarCompiler
 from llama_runtime.paged_cache import PagedCache
 from llama_runtime.scheduler import Scheduler, any_chunk
 
@@ -32,6 +33,7 @@ def cuda_engine(
     stream_budget: int | None = None,
     share_prefixes: bool = True,
     ids: Iterator[int] | None = None,
+    grammars: GrammarCompiler | None = None,
     batch_sizer: BatchSizer | None = None,
 ) -> Engine:
     """Make an engine.
@@ -52,6 +54,7 @@ def cuda_engine(
         stream_budget: see ``Scheduler``.
         share_prefixes: whether prompts that begin alike share blocks.
         ids: see ``Engine``.
+        grammars: see ``Engine``.
         batch_sizer: see ``Engine``.
 
     Raises:
@@ -91,5 +94,6 @@ def cuda_engine(
         vocab_size=geometry.vocab_size,
         max_len=max_len,
         ids=ids,
+        grammars=grammars,
         batch_sizer=batch_sizer,
     )

@@ -17,6 +17,7 @@ from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
 from llama_runtime.engine_group import EngineGroup
 from llama_runtime.errors import BundleError
+from llama_runtime.grammars import GrammarCompiler
 from llama_runtime.machine import Memory
 from llama_runtime.memory_plan import weight_bytes
 
@@ -89,11 +90,12 @@ def cuda_engines(
     share_prefixes: bool = True,
     stream_budget: int | None = None,
     find_batch: bool = False,
+    grammars: GrammarCompiler | None = None,
 ) -> Engine | EngineGroup:
     """An engine on each device, which it owns from now on; several behind one queue.
 
     With ``share_prefixes`` false no prompt is spared what another one computed. With ``find_batch``
-    each finds by itself how many of its slots to use.
+    each finds by itself how many of its slots to use. For ``grammars`` see ``Engine``.
 
     Raises:
         BundleError: the graph is of a precision that this version doesn't know.
@@ -122,6 +124,7 @@ def cuda_engines(
                 share_prefixes=share_prefixes,
                 stream_budget=stream_budget,
                 ids=ids,
+                grammars=grammars,
                 batch_sizer=BatchSizer(plan.max_batch) if find_batch else None,
             )
             engines.append(engine)

@@ -19,8 +19,9 @@ from typing import NamedTuple, Unpack
 from llama_runtime.backends.base import Launched, Runner
 from llama_runtime.batch_sizer import BatchSizer
 from llama_runtime.detokenizer import TokenBytes
-from llama_runtime.errors import BackendError, CaravanError, backend_error
+from llama_runtime.errors import BackendError, CaravanError, RequestError, backend_error
 from llama_runtime.events import Counters, TokenEvent
+from llama_runtime.grammars import GrammarCompiler
 from llama_runtime.growth import grow, late_error, rest_of_text
 from llama_runtime.new_sequence import new_sequence
 from llama_runtime.params import SamplingParams
@@ -41,6 +42,7 @@ class Engine:
         max_len: the most tokens of one sequence, prompt and completion.
         ids: numbers for sequences; several engines that share it never give out one twice.
         batch_sizer: says how many sequences run at once; None for as many as there are slots.
+        grammars: compiles what completions are held to; None where they can be held to nothing.
         clock: seconds since some time, for deadlines and for who has waited how long.
 
     Attributes:
@@ -60,6 +62,7 @@ class Engine:
         max_len: int,
         ids: Iterator[int] | None = None,
         batch_sizer: BatchSizer | None = None,
+        grammars: GrammarCompiler | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_len = max_len
@@ -81,6 +84,7 @@ class Engine:
         self._ids = count() if ids is None else ids
         self._counters = Counters()
         self._batch_sizer = batch_sizer
+        self._grammars = grammars
         self._clock = clock
         self._collected = -inf  # when the last step was
         if batch_sizer is not None:
@@ -176,6 +180,7 @@ class Engine:
             max_len=self.max_len,
             seed=seed,
             verifies=self._runner.verifies,
+            grammars=self._grammars,
         )
         seq.caller = caller if params.caller is None else ("named", params.caller)
         seq.streamed = streamed
@@ -224,6 +229,8 @@ class Engine:
         self._end_late(now)
         due = bool(self._in_flight or self._events) or not self._runner.overlaps
         if self._refused is not None or len(self._in_flight) > self._runner.overlaps:
+            return True
+        if any(step.decides for step in self._in_flight):
             return True
         chunks = self._scheduler.schedule(now)
         chunks.sort(key=attrgetter("seq.kind"))
@@ -286,7 +293,8 @@ class Engine:
         """Begin one forward; nothing has changed but the cache if it raises."""
         started = self._clock()
         launched = self._runner.launch(chunks)
-        self._in_flight.append(_InFlight(launched, chunks, [], started))
+        decides = any(chunk.samples and chunk.seq.matcher is not None for chunk in chunks)
+        self._in_flight.append(_InFlight(launched, chunks, [], started, decides))
         for chunk in chunks:
             seq = chunk.seq
             seq.num_pending += chunk.samples
@@ -369,6 +377,8 @@ class Engine:
             return self._end_in_error(seq, error)
         try:
             text, reason = grow(seq, token_id, self._eos_token_ids)
+        except RequestError as error:
+            return self._end_with(seq, error)
         except Exception as error:
             return self._end_in_error(seq, backend_error(error))
         if logprob is not None:
@@ -440,9 +450,14 @@ class Engine:
 
 
 class _InFlight(NamedTuple):
-    """A forward on its way, whose it is, who has ended and leaves with it, and since when."""
+    """A forward on its way, whose it is, who has ended and leaves with it, and since when.
+
+    ``decides`` says whether a token of it decides which tokens a grammar allows next, so that no
+    other forward may be planned before it is known.
+    """
 
     launched: Launched
     chunks: Seq[Chunk]
     leaving: list[Sequence]
     started: float
+    decides: bool

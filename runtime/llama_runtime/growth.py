@@ -13,11 +13,22 @@ from llama_runtime.stopping import finish_reason, reached_min_tokens
 def grow(
     seq: Sequence, token_id: int, eos_token_ids: Collection[int]
 ) -> tuple[str, FinishReason | None]:
-    """Append a token: the text that can be shown by now, and why the sequence ends, if so."""
+    """Append a token: the text that can be shown by now, and why the sequence ends, if so.
+
+    Raises:
+        RequestError: what the completion is held to became too large to go on.
+    """
     seq.append(token_id)
     reason = finish_reason(seq, eos_token_ids)
+    is_text = reason != "stop"
+    if seq.matcher is not None:
+        if is_text:
+            seq.matcher.accept(token_id)
+            reason = "stop" if seq.matcher.is_complete else reason
+        else:
+            seq.matcher.end()
     may_stop = reached_min_tokens(seq)
-    text = "" if reason == "stop" else seq.detokenizer.push(token_id)
+    text = seq.detokenizer.push(token_id) if is_text else ""
     text = seq.stop_texts.push(text, may_stop=may_stop)
     if reason is not None and seq.stop_texts.found is None:
         text += seq.stop_texts.push(seq.detokenizer.finish(), may_stop=may_stop)

@@ -91,6 +91,7 @@ class LLM:
         self.memory_plan, self.threads = loaded.memory_plan, loaded.threads
         self.max_batch, self.max_len = self.memory_plan.max_batch, self.memory_plan.max_len
         self.default_params = loaded.default_params
+        self._grammars = loaded.grammars
         self._engine = SharedEngine(loaded.engine)
 
     @classmethod
@@ -325,6 +326,8 @@ class LLM:
             if isinstance(prompt, str)
             else prompt
         )
+        if isinstance(request.params, SamplingParams):  # else the engine says so
+            self._grammars.prepare(request.params.constraint)  # while others' steps go on
         return self._engine.add(token_ids, request.params, inbox, streamed=streamed)
 
 

@@ -25,6 +25,7 @@ from llama_runtime.engine import Engine
 from llama_runtime.engine_group import EngineGroup
 from llama_runtime.errors import RequestError
 from llama_runtime.generation_config import default_params, eos_token_ids
+from llama_runtime.grammars import GrammarCompiler
 from llama_runtime.machine import available_memory, default_threads
 from llama_runtime.memory_plan import MemoryPlan, weight_bytes
 from llama_runtime.params import SamplingParams
@@ -55,6 +56,7 @@ class Loaded:
         memory_plan: what it may take of memory, which is there.
         threads: of the kernels; None on CUDA.
         default_params: sampling where the caller asks for none.
+        grammars: what completions are held to is compiled by it, for all engines.
         engine: ready to run.
     """
 
@@ -62,6 +64,7 @@ class Loaded:
     memory_plan: MemoryPlan
     threads: int | None
     default_params: SamplingParams
+    grammars: GrammarCompiler
     engine: Engine | EngineGroup
 
 
@@ -155,6 +158,7 @@ def _load_slots(
     stream_budget = settings.budget(MIN_CHUNK, least=MIN_CHUNK, most=PROMPT_BUDGET)
     wanted.check()
     manifest = encoder.bundle.manifest
+    grammars = _grammars(encoder, eos)
     kernels = OrtSampler(encoder.bundle.graph_path(SAMPLER), manifest.geometry.vocab_size, threads)
     backend = OrtCpu(
         open_session(encoder.bundle.graph_path(SLOTS.name), threads),
@@ -176,8 +180,9 @@ def _load_slots(
         num_prefix_blocks=wanted.num_prefix_blocks,
         kernels=kernels,
         batch_sizer=BatchSizer(wanted.max_batch) if settings.finds_batch else None,
+        grammars=grammars,
     )
-    return Loaded(encoder, wanted, threads, params, engine)
+    return Loaded(encoder, wanted, threads, params, grammars, engine)
 
 
 def _plan_paged(bundle: Bundle, settings: Settings, devices: Seq[Device]) -> CudaPlan:
@@ -202,6 +207,7 @@ def _load_paged(
     with opened_devices(settings.ordinals()) as found:
         wanted = _plan_paged(encoder.bundle, settings, found)
         wanted.check()
+        grammars = _grammars(encoder, eos)
         engine = cuda_engines(
             encoder.bundle,
             found,
@@ -211,8 +217,9 @@ def _load_paged(
             share_prefixes=settings.prefix_tokens is None,
             stream_budget=stream_budget,
             find_batch=settings.finds_batch,
+            grammars=grammars,
         )
-    return Loaded(encoder, wanted, None, params, engine)
+    return Loaded(encoder, wanted, None, params, grammars, engine)
 
 
 def _plan_tensorrt(bundle: Bundle, settings: Settings, devices: Seq[Device]) -> TensorRtPlan:
@@ -245,8 +252,14 @@ def _load_tensorrt(
         wanted = _plan_tensorrt(encoder.bundle, settings, found)
         wanted.check()
         byte_table = encoder.tokenizer.byte_table
-        engine = loaded_engine(encoder.bundle, found[0], wanted, byte_table, eos)
-    return Loaded(encoder, wanted, None, params, engine)
+        grammars = _grammars(encoder, eos)
+        engine = loaded_engine(encoder.bundle, found[0], wanted, byte_table, eos, grammars)
+    return Loaded(encoder, wanted, None, params, grammars, engine)
+
+
+def _grammars(encoder: PromptEncoder, eos: frozenset[int]) -> GrammarCompiler:
+    bundle = encoder.bundle
+    return GrammarCompiler(bundle.tokenizer_path, bundle.manifest.geometry.vocab_size, eos)
 
 
 Plan = TypeVar("Plan", bound=MemoryPlan)

@@ -8,6 +8,7 @@ from operator import index
 
 from llama_runtime.detokenizer import Detokenizer, TokenBytes
 from llama_runtime.errors import CapacityError, RequestError
+from llama_runtime.grammars import GrammarCompiler, Matcher
 from llama_runtime.params import SamplingParams, fresh_seed
 from llama_runtime.prompt_lookup import PromptLookup
 from llama_runtime.sampling import sampling_kind
@@ -26,6 +27,7 @@ def new_sequence(
     max_len: int,
     seed: int | None = None,
     verifies: bool = False,
+    grammars: GrammarCompiler | None = None,
 ) -> Sequence:
     """Check a request and make its sequence.
 
@@ -39,11 +41,12 @@ def new_sequence(
         max_len: the most tokens of one sequence, prompt and completion.
         seed: its random stream where ``params`` name none; None draws a fresh one.
         verifies: whether several tokens of one sequence can be verified in one step.
+        grammars: compiles what a completion is held to; None where it can be held to nothing.
 
     Raises:
         CapacityError: prompt and max_tokens don't fit ``max_len``.
-        RequestError: the prompt is empty, it or a parameter holds unknown ids, or speculation is
-            asked for where it can't be had.
+        RequestError: the prompt is empty, it or a parameter holds unknown ids, speculation is asked
+            for where it can't be had, or what the completion is held to can't be used.
     """
     if not isinstance(params, SamplingParams):
         raise RequestError(
@@ -72,6 +75,7 @@ def new_sequence(
         sample=sample,
         kind=sampling_kind(params),
         lookup=PromptLookup(token_ids) if params.speculates and verifies else None,
+        matcher=_matcher(params, grammars),
     )
 
 
@@ -96,6 +100,18 @@ def _checked_prompt(
         )
     _check_ids("prompt", (min(token_ids), max(token_ids)), vocab_size)
     return token_ids
+
+
+def _matcher(params: SamplingParams, grammars: GrammarCompiler | None) -> Matcher | None:
+    constraint = params.constraint
+    if constraint is None:
+        return None
+    if grammars is None:
+        raise RequestError(
+            f"{constraint.kind} needs an engine that was made with a tokenizer",
+            param=constraint.kind,
+        )
+    return grammars.matcher(constraint)
 
 
 def _check_ids(param: str, token_ids: Collection[int], vocab_size: int) -> None:

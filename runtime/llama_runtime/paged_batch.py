@@ -27,7 +27,7 @@ Shapes = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 ALIGNMENT = 16  # bytes, of each array
 
 # Of a row of logits, as ``kernels/sampler.cu`` has it: which slot's, and how its token is drawn.
-GREEDY, FILTERED, EDITED = 1, 2, 4
+GREEDY, FILTERED, EDITED, MASKED = 1, 2, 4, 8
 ROW = np.dtype(
     [
         ("slot", "i4"),  # -1: nobody's
@@ -266,7 +266,7 @@ def row_of(seq: Sequence, vocab_size: int) -> npt.NDArray[np.void]:
     flags = (GREEDY if kind == 0 else 0) | (FILTERED if kind == 2 else 0)
     row = np.zeros((), ROW)
     row["slot"] = seq.slot
-    row["flags"] = flags | (EDITED if seq.edited else 0)
+    row["flags"] = flags | (EDITED if seq.edited else 0) | (MASKED if seq.matcher else 0)
     if kind:
         inverse = min(1 / params.temperature, float(MAX_INVERSE_TEMPERATURE))
         row["inverse_temperature"] = inverse

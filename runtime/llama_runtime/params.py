@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from typing import Literal
 
+from llama_runtime.constraints import (
+    KINDS,
+    Constraint,
+    check_alone,
+    choice_texts,
+    grammar_text,
+    schema_text,
+)
 from llama_runtime.contract import MAX_TOP_LOGPROBS
 from llama_runtime.errors import RequestError
 
@@ -34,7 +43,8 @@ class SamplingParams:
        completion, and multiplies the negative ones;
     3. ``frequency_penalty``, times how often a token is in the completion, and
        ``presence_penalty``, once if it is there at all, are subtracted;
-    4. end tokens are out of reach before ``min_tokens``;
+    4. end tokens are out of reach before ``min_tokens``, and so is all that would break
+       ``json_schema``, ``regex``, ``choice`` or ``grammar``;
     5. ``temperature``, ``top_k``, ``top_p``, ``min_p``.
 
     Attributes:
@@ -60,6 +70,14 @@ class SamplingParams:
         top_logprobs: report that many of the likeliest tokens at each place too, 0 to 20; needs
             ``logprobs`` or ``prompt_logprobs``.
         prompt_logprobs: report the log-probabilities of the prompt's tokens.
+        json_schema: hold the completion to JSON that this schema allows, given as an object or as
+            text; True allows any JSON. At most one of this and the next three is given. The
+            completion ends where nothing may follow, or where it may end and the model ends it; one
+            that runs into ``max_tokens`` or a stop text before is cut off like any other.
+        regex: hold it to a regular expression, which matches all of it; the classes
+            for digits, words and spaces are ASCII.
+        choice: hold it to one of these texts.
+        grammar: hold it to a grammar in the Lark dialect of ``llguidance``.
         speculation: "on" guesses the next tokens from what the prompt and the completion hold
             already, and has one step verify them all: the same distribution in fewer steps where a
             text repeats itself, as in summaries and edits. What is drawn is the same but for
@@ -97,6 +115,10 @@ class SamplingParams:
     logprobs: bool = False
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    json_schema: Mapping[str, object] | bool | str | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] = ()
+    grammar: str | None = None
     speculation: Literal["off", "on", "auto"] = "off"
     priority: int = 0
     deadline: float | None = None
@@ -131,6 +153,11 @@ class SamplingParams:
             raise RequestError(
                 "top_logprobs needs logprobs or prompt_logprobs to be true", param="top_logprobs"
             )
+        object.__setattr__(self, "json_schema", schema_text(self.json_schema))
+        object.__setattr__(self, "choice", choice_texts(self.choice))
+        for name in ("regex", "grammar"):
+            grammar_text(name, getattr(self, name))
+        check_alone(self._constraints, self.min_tokens, ignore_eos=self.ignore_eos)
         if self.speculation not in ("off", "on", "auto"):
             raise RequestError(
                 f"speculation must be off, on or auto, not {self.speculation!r:.80}",
@@ -161,6 +188,18 @@ class SamplingParams:
             or self.presence_penalty != 0
             or self.frequency_penalty != 0
         )
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the completion is held to."""
+        for kind, source in self._constraints.items():
+            return Constraint(kind, json.dumps(source) if kind == "choice" else str(source))
+        return None
+
+    @property
+    def _constraints(self) -> dict[str, object]:
+        given = {name: getattr(self, name) for name in KINDS}
+        return {name: value for name, value in given.items() if value not in (None, ())}
 
     @property
     def speculates(self) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 
 from llama_runtime.backends.base import Backend, Outcome
 from llama_runtime.contract import MAX_DRAFT
+from llama_runtime.host_masks import HostMasks
 from llama_runtime.sampler import Sampler
 from llama_runtime.sampling import Logits
 from llama_runtime.scheduler import Chunk
@@ -35,22 +36,27 @@ class HostRunner:
         backend: runs the graph; this owns and closes it.
         step_batch: makes its arrays.
         sampler: chooses tokens.
+        masks: says which tokens grammars allow.
     """
 
     overlaps = False
     verifies = True
 
-    def __init__(self, backend: Backend, step_batch: StepBatch, sampler: Sampler) -> None:
+    def __init__(
+        self, backend: Backend, step_batch: StepBatch, sampler: Sampler, masks: HostMasks
+    ) -> None:
         self._backend = backend
         self._step_batch = step_batch
         self._sampler = sampler
+        self._masks = masks
 
     def launch(self, chunks: Seq[Chunk]) -> Done:
         """See ``Runner.launch``; the step has run when it returns."""
         step = self._step_batch.build(chunks)
-        logits = self._backend.run(step)
+        with self._masks.computing(chunks) as masks:
+            logits = self._backend.run(step)
         scored = self._score_prompts(step, logits)
-        token_ids, logprobs = self._sampler.sample(logits[: step.num_logits], chunks)
+        token_ids, logprobs = self._sampler.sample(logits[: step.num_logits], chunks, masks)
         return Done(Outcome(token_ids, logprobs, scored))
 
     def clean(self, seq: Sequence) -> None:
@@ -60,6 +66,7 @@ class HostRunner:
 
     def close(self) -> None:
         """See ``Runner.close``."""
+        self._masks.close()
         self._backend.close()
         del self._sampler  # and its graph
 

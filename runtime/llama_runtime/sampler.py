@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from llama_runtime.grammars import Masks, forbid
 from llama_runtime.sampling import Int64s, Kernels, Logits, Scores, uniform
 from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence, TokenLogprob
@@ -31,7 +32,7 @@ class Sampler:
         self._eos_token_ids = eos_token_ids
 
     def sample(
-        self, logits: Logits, chunks: Seq[Chunk]
+        self, logits: Logits, chunks: Seq[Chunk], masks: Masks | None = None
     ) -> tuple[list[int], list[TokenLogprob | None]]:
         """The next token of each sequence, and the one after each guess.
 
@@ -39,6 +40,7 @@ class Sampler:
             logits: [R, V], ``Chunk.num_sampled`` rows of each chunk, in order; bias and penalties
                 are written into them.
             chunks: those of sequences of one kind together.
+            masks: of each row, the tokens that a grammar allows; None if there is none.
 
         Returns:
             Token ids, ``NOT_FINITE`` where a row has a NaN or no finite maximum; and for each its
@@ -53,6 +55,8 @@ class Sampler:
             if chunk.seq.edited:
                 with guessed(chunk.seq, chunk.draft[:ahead]):
                     edit(logits[i], chunk.seq, self._eos_token_ids, ahead)
+            if masks is not None and chunk.seq.matcher is not None:
+                forbid(logits[i], masks[i])
         numbers = [
             0.0
             if chunk.seq.params.greedy

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
 from llama_runtime.detokenizer import Detokenizer
+from llama_runtime.grammars import Matcher
 from llama_runtime.params import SamplingParams
 from llama_runtime.prompt_lookup import PromptLookup
 from llama_runtime.stop_texts import StopTexts
@@ -83,6 +84,7 @@ class Sequence:
         arrived: when it was queued, by the engine's clock, in seconds.
         deadline: when it has to have ended, by the same clock, or None.
         lookup: guesses its next tokens; None where they aren't guessed.
+        matcher: what its completion is held to, and where it is in that; None for nothing.
         block_hashes: of the full blocks of its prompt, once somebody asked; see ``prefixes``.
         num_reused: prompt tokens that it was spared.
     """
@@ -107,6 +109,7 @@ class Sequence:
     arrived: float = 0.0
     deadline: float | None = None
     lookup: PromptLookup | None = None
+    matcher: Matcher | None = None
     block_hashes: list[bytes] | None = None
     num_reused: int = 0
     counts: TokenCounts | None = field(init=False, default=None)

@@ -9,6 +9,8 @@ from llama_runtime.batch_sizer import BatchSizer
 from llama_runtime.contract import MIN_CHUNK
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
+from llama_runtime.grammars import GrammarCompiler
+from llama_runtime.host_masks import HostMasks
 from llama_runtime.kv_cache import SlotCache
 from llama_runtime.prefix_store import PrefixStore
 from llama_runtime.runner import HostRunner
@@ -33,6 +35,7 @@ def slots_engine(
     refill: bool = True,
     kernels: Kernels | None = None,
     ids: Iterator[int] | None = None,
+    grammars: GrammarCompiler | None = None,
     batch_sizer: BatchSizer | None = None,
 ) -> Engine:
     """Make an engine.
@@ -52,6 +55,7 @@ def slots_engine(
         refill: False gives fixed batches, for comparison.
         kernels: what chooses tokens; None computes in numpy.
         ids: see ``Engine``.
+        grammars: see ``Engine``.
         batch_sizer: see ``Engine``.
     """
     prefixes = PrefixStore(num_prefix_blocks, backend) if num_prefix_blocks else None
@@ -66,6 +70,7 @@ def slots_engine(
         backend,
         StepBatch(max_batch, prompt_budget, backend.row_multiple),
         Sampler(kernels or Reference(), frozenset(eos_token_ids)),
+        HostMasks(vocab_size),
     )
     return Engine(
         runner,
@@ -75,5 +80,6 @@ def slots_engine(
         vocab_size=vocab_size,
         max_len=max_len,
         ids=ids,
+        grammars=grammars,
         batch_sizer=batch_sizer,
     )

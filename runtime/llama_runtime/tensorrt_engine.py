@@ -11,6 +11,7 @@ from llama_runtime.backends.tensorrt_runner import TensorRtRunner, max_rows
 from llama_runtime.contract import TENSORRT, DType, Geometry
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
+from llama_runtime.grammars import GrammarCompiler
 from llama_runtime.kv_cache import SlotCache
 from llama_runtime.scheduler import Scheduler, any_chunk
 from llama_runtime.tensorrt.library import Library
@@ -29,6 +30,7 @@ def tensorrt_engine(
     dtype: DType,
     prompt_budget: int | None = None,
     ids: Iterator[int] | None = None,
+    grammars: GrammarCompiler | None = None,
 ) -> Engine:
     """Make an engine.
 
@@ -43,6 +45,7 @@ def tensorrt_engine(
         dtype: of activations, and of keys and values.
         prompt_budget: the most prompt tokens of one step; None is all that the plan allows.
         ids: see ``Engine``.
+        grammars: see ``Engine``.
 
     Raises:
         BackendError: the plan can't be loaded or is another one, or device memory is short.
@@ -71,6 +74,7 @@ def tensorrt_engine(
             dtype=dtype,
             prompt_budget=prompt_budget,
             ids=ids,
+            grammars=grammars,
         )
     except BaseException:
         device.close()
@@ -88,6 +92,7 @@ def engine_of(
     dtype: DType,
     prompt_budget: int | None = None,
     ids: Iterator[int] | None = None,
+    grammars: GrammarCompiler | None = None,
 ) -> Engine:
     """The engine over execution contexts, wherever they come from; see ``tensorrt_engine``."""
     sampler = CudaSampler(
@@ -116,4 +121,5 @@ def engine_of(
         vocab_size=geometry.vocab_size,
         max_len=limits.max_len,
         ids=ids,
+        grammars=grammars,
     )

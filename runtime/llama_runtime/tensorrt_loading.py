@@ -12,6 +12,7 @@ from llama_runtime.cuda_plan import MARGIN
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
 from llama_runtime.errors import BackendError
+from llama_runtime.grammars import GrammarCompiler
 from llama_runtime.machine import Memory
 from llama_runtime.memory_plan import weight_bytes
 from llama_runtime.tensorrt.library import CURRENT, Library, import_tensorrt
@@ -47,8 +48,9 @@ def loaded_engine(
     plan: TensorRtPlan,
     token_bytes: TokenBytes,
     eos_token_ids: Collection[int],
+    grammars: GrammarCompiler | None = None,
 ) -> Engine:
-    """An engine on a device, which it owns from now on.
+    """An engine on a device, which it owns from now on; for ``grammars`` see ``Engine``.
 
     Raises:
         BundleError: the bundle has no graph for TensorRT.
@@ -72,6 +74,7 @@ def loaded_engine(
         token_bytes,
         eos_token_ids,
         dtype=activations(bundle),
+        grammars=grammars,
     )
 
 

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -22,6 +24,8 @@ from llama_runtime.contract import MIN_CHUNK, cache_capacity
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
 from llama_runtime.events import TokenEvent
+from llama_runtime.grammars import GrammarCompiler
+from llama_runtime.host_masks import HostMasks
 from llama_runtime.kv_cache import SlotCache
 from llama_runtime.params import OPTIONS, SamplingParams
 from llama_runtime.runner import HostRunner
@@ -37,6 +41,12 @@ VOCABULARY = Tokenizer(models.BPE({letter: i for i, letter in enumerate(LETTERS)
 VOCABULARY.decoder = decoders.ByteLevel()
 TABLE = TokenBytes(VOCABULARY)
 VOCAB_SIZE, MAX_LEN, END_TOKENS = len(LETTERS), 160, frozenset({2, 3, 4, 5})
+CONSTRAINTS: list[dict[str, Any]] = [  # of other letters than the end tokens
+    {"json_schema": {"type": "integer"}},
+    {"regex": "(AB|[0-9]+C)*D"},
+    {"choice": ["ABBA", "AB", "BAD", "1234567"]},
+    {"grammar": 'start: "A" start "B" | "C"'},
+]
 LENGTHS = (1, 2, 5, 9, 14, 20, 33, 34, 66, 98)
 
 
@@ -63,13 +73,29 @@ def engine_of(slots: int, budget: int = MIN_CHUNK, chunk: int = MIN_CHUNK) -> En
     backend = Fake(slots, cache_capacity(MAX_LEN, chunk), VOCAB_SIZE)
     sampler = Sampler(Reference(), END_TOKENS)
     return Strict(
-        HostRunner(backend, StepBatch(slots, budget, backend.row_multiple), sampler),
+        HostRunner(
+            backend,
+            StepBatch(slots, budget, backend.row_multiple),
+            sampler,
+            HostMasks(VOCAB_SIZE),
+        ),
         Scheduler(SlotCache(slots, MAX_LEN), prompt_budget=budget, max_chunk=chunk),
         TABLE,
         END_TOKENS,
         vocab_size=VOCAB_SIZE,
         max_len=MAX_LEN,
+        grammars=grammars(),
     )
+
+
+@cache
+def grammars() -> GrammarCompiler:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        VOCABULARY.save(str(path))
+        compiler = GrammarCompiler(path, VOCAB_SIZE, END_TOKENS)
+        compiler.prepare(SamplingParams(regex="A").constraint)  # which reads the file
+    return compiler
 
 
 @cache
@@ -79,9 +105,10 @@ def pool() -> list[tuple[list[int], SamplingParams]]:
     for i in range(40):
         logprobs, prompt_logprobs = choose.random() < 0.5, choose.random() < 0.5
         wanted = choose.choice([0, 3, 20]) if logprobs or prompt_logprobs else 0
+        held = choose.choice([{}, *CONSTRAINTS]) if i % 2 else {}
         params = SamplingParams(
             max_tokens=choose.randint(4, 20),
-            min_tokens=choose.choice([0, 0, 3]),
+            min_tokens=0 if held else choose.choice([0, 0, 3]),
             temperature=choose.choice([0.0, 0.7, 1.5, 4.0]),
             top_k=choose.choice([0, 0, 5, 30]),
             top_p=choose.choice([1.0, 1.0, 0.8]),
@@ -95,7 +122,7 @@ def pool() -> list[tuple[list[int], SamplingParams]]:
             stop=choose.choice([(), (LETTERS[20], LETTERS[13], LETTERS[7] + LETTERS[8])]),
             include_stop=choose.random() < 0.5,
             stop_token_ids=choose.choice([frozenset(), frozenset({11})]),
-            ignore_eos=choose.random() < 0.5,
+            ignore_eos=not held and choose.random() < 0.5,
             logprobs=logprobs,
             top_logprobs=wanted,
             prompt_logprobs=prompt_logprobs,
@@ -104,6 +131,7 @@ def pool() -> list[tuple[list[int], SamplingParams]]:
             deadline=choose.choice([None, 1e6]),
             caller=choose.choice([None, "one", "another"]),
             cache_salt=choose.choice(["", "theirs"]),
+            **held,
         )
         length = LENGTHS[i % len(LENGTHS)]
         several.append(([choose.randrange(VOCAB_SIZE) for _ in range(length)], params))
@@ -177,7 +205,9 @@ def test_samples_of_a_request_are_all_different_and_the_first_is_that_of_n_1() -
         texts = {tuple(found.token_ids) for found in several}
         if params.greedy:
             assert len(texts) == 1
-        elif params.temperature > 1 and min(len(found.token_ids) for found in several) > 5:
+        elif params.constraint or params.temperature <= 1:
+            continue
+        elif min(len(found.token_ids) for found in several) > 5:
             assert len(texts) == params.n
             sampled += 1
     assert sampled > 1

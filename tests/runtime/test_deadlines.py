@@ -13,6 +13,7 @@ from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
 from llama_runtime.engine_group import EngineGroup
 from llama_runtime.errors import CaravanError, DeadlineError
+from llama_runtime.host_masks import HostMasks
 from llama_runtime.kv_cache import SlotCache
 from llama_runtime.params import SamplingParams
 from llama_runtime.runner import HostRunner
@@ -46,7 +47,12 @@ def make(request: pytest.FixtureRequest, clock: Clock) -> Callable[[int], Engine
     def engine(slots: int) -> Engine | EngineGroup:
         backend = Fake(slots, cache_capacity(MAX_LEN, MIN_CHUNK), VOCAB_SIZE)
         made = Engine(
-            HostRunner(backend, StepBatch(slots, MIN_CHUNK), Sampler(Reference(), ())),
+            HostRunner(
+                backend,
+                StepBatch(slots, MIN_CHUNK),
+                Sampler(Reference(), ()),
+                HostMasks(VOCAB_SIZE),
+            ),
             Scheduler(SlotCache(slots, MAX_LEN), prompt_budget=MIN_CHUNK, max_chunk=MIN_CHUNK),
             TABLE,
             (),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import struct
 from typing import Any
 
@@ -13,6 +14,15 @@ from llama_runtime.errors import RequestError
 from llama_runtime.params import DRAWN_SEED_BITS, MAX_SEED, SamplingParams, fresh_seed, row_seed
 
 NAN, INF = float("nan"), float("inf")
+
+
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 IN_RANGE: dict[str, list[Any]] = {
     "max_tokens": [1, 2**31 - 1],
     "min_tokens": [0, 1, 256],
@@ -33,6 +43,10 @@ IN_RANGE: dict[str, list[Any]] = {
     "logprobs": [True, False],
     "top_logprobs": [0, 1, 20],
     "prompt_logprobs": [True, False],
+    "json_schema": [None, True, {}, {"type": "string"}, '{"type": "string"}', "true", " {} "],
+    "regex": [None, "a", "x" * 2**16, "\N{SNOWMAN}"],
+    "choice": [(), [], ["a"], ("a", "b"), ["x" * 64] * 1024],
+    "grammar": [None, "start: /a/"],
     "speculation": ["off", "on", "auto"],
     "priority": [-100, 0, 100],
     "deadline": [None, 0, 0.5, 1e9],
@@ -66,6 +80,14 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "logprobs": [0, 1, None, "true", 5],
     "top_logprobs": [-1, 21, True, 1.0, NAN, "1", None],
     "prompt_logprobs": [0, 1, None, "true", 5],
+    "json_schema": [
+        *(False, 5, [], "", "{", "[]", "5", "false", '"a"', b"{}", {"a": NAN}, {"a": b"a"}),
+        *({"a": "x" * 2**16}, {"a": "\ud800"}, "[" * 10**6, '{"a":' * 65 + "1" + "}" * 65),
+        {"a": nested(64)},
+    ],
+    "regex": [5, "", b"a", ["a"], "x" * (2**16 + 1), "\ud800"],
+    "choice": [None, "a", 5, [5], [""], ["a", ""], ["a"] * 1025, ["x" * 2**16, "a"], ["\ud800"]],
+    "grammar": [5, "", b"a", "x" * (2**16 + 1), "\ud800"],
     "speculation": [None, True, "", "On", 1],
     "priority": [-101, 101, 0.5, True, NAN, "1", None],
     "deadline": [-1, 1.1e9, NAN, INF, True, "1"],
@@ -95,6 +117,11 @@ def test_values_in_range_are_taken(name: str, value: Any) -> None:
         expected = frozenset(value)
     if name == "stop":
         expected = (value,) if isinstance(value, str) else tuple(value)
+    if name == "choice":
+        expected = tuple(value)
+    if name == "json_schema" and value is not None:
+        schema = json.loads(value) if isinstance(value, str) else value
+        expected = json.dumps({} if schema is True else schema, separators=(",", ":"))
     needs: dict[str, Any] = {"logprobs": True} if name == "top_logprobs" else {}
     assert getattr(SamplingParams(**{name: value}, **needs), name) == expected
 
@@ -165,3 +192,27 @@ def test_drawn_seeds_survive_json_readers_with_doubles() -> None:
     assert len(seeds) == 200
     assert all(0 <= seed < 2**DRAWN_SEED_BITS and int(float(seed)) == seed for seed in seeds)
     assert all(int(float(row_seed(1, row))) == row_seed(1, row) for row in range(1000))
+
+
+def test_a_completion_is_held_to_one_thing() -> None:
+    for first, second in (("regex", "grammar"), ("json_schema", "choice")):
+        values: dict[str, Any] = {first: IN_RANGE[first][-1], second: IN_RANGE[second][-1]}
+        with pytest.raises(RequestError, match="can't be given beside") as caught:
+            SamplingParams(**values)
+        assert caught.value.param in values
+    for name, value in (("min_tokens", 1), ("ignore_eos", True)):
+        options: dict[str, Any] = {name: value, "regex": "a"}
+        with pytest.raises(RequestError, match=r"beside regex.*says where") as caught:
+            SamplingParams(**options)
+        assert caught.value.param == name
+
+
+def test_a_schema_is_kept_as_text_that_nobody_changes() -> None:
+    schema: dict[str, Any] = {"type": "object", "properties": {"\N{SNOWMAN}": {"enum": [1, None]}}}
+    params = SamplingParams(json_schema=schema)
+    schema.clear()
+    text = '{"type":"object","properties":{"\N{SNOWMAN}":{"enum":[1,null]}}}'
+    assert params.json_schema == text
+    assert dataclasses.replace(params, seed=1).json_schema == text
+    assert SamplingParams(json_schema=text.replace(",", " , ")).constraint == params.constraint
+    assert hash(params) == hash(SamplingParams(json_schema=text))

@@ -90,13 +90,22 @@ class CudaSampler:
             blocks, THREADS, _pointer(given), _pointer(self._next), _pointer(input_ids), _int(size)
         )
 
-    def sample(self, logits: int, rows: int, num_rows: int) -> None:
-        """Queue that each row of logits becomes a token, as ``rows`` says (``paged_batch.ROW``)."""
+    def sample(self, logits: int, rows: int, masks: int, num_rows: int) -> None:
+        """Queue that each row of logits becomes a token, as ``rows`` says (``paged_batch.ROW``).
+
+        Args:
+            logits: their address.
+            rows: address of the ``ROW`` of each.
+            masks: address of uint32 [num_rows, ceil(V / 32)], the tokens that may come next; read
+                for masked rows only.
+            num_rows: how many.
+        """
         self._sample.launch(
             num_rows,
             THREADS,
             _pointer(logits),
             _pointer(rows),
+            _pointer(masks),
             _pointer(self._bias),
             _pointer(self._counts),
             _int(self._vocab_size),

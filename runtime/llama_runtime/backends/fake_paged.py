@@ -11,7 +11,17 @@ import numpy.typing as npt
 from llama_runtime.backends.base import Outcome
 from llama_runtime.backends.fake import digest
 from llama_runtime.errors import BackendError
-from llama_runtime.paged_batch import EDITED, FILTERED, GREEDY, Layout, PagedBatch, PagedStep
+from llama_runtime.grammars import MaskFiller, Masks, forbid, mask_words
+from llama_runtime.host_masks import grammar_rows
+from llama_runtime.paged_batch import (
+    EDITED,
+    FILTERED,
+    GREEDY,
+    MASKED,
+    Layout,
+    PagedBatch,
+    PagedStep,
+)
 from llama_runtime.paged_cache import PagedCache
 from llama_runtime.params import SamplingParams
 from llama_runtime.sampling import NOT_FINITE, Logits, Reference, draw, likeliest, uniform
@@ -51,6 +61,7 @@ class FakePaged:
         self._newest = np.full(cache.num_slots, NOT_FINITE, np.int64)  # by slot
         self._noise = np.random.default_rng(0).standard_normal(2 * vocab_size).astype(np.float32)
         self._vocab_size = vocab_size
+        self._filler = MaskFiller(threads=1)
 
     def launch(self, chunks: Seq[Chunk]) -> FakeInFlight:
         """See ``Runner.launch``."""
@@ -58,7 +69,10 @@ class FakePaged:
         step = self._batch.build(chunks, self._memory)
         views = step.layout.views(self._memory)
         logits = self.run(step, views)
-        tokens = self._sample(step, views["rows"], logits)
+        masks: Masks = np.full((step.num_sampled, mask_words(self._vocab_size)), -1, np.int32)
+        if rows := grammar_rows(chunks):
+            self._filler.fill(rows, masks)
+        tokens = self._sample(step, views["rows"], logits, masks)
         return FakeInFlight(tokens, *_score(step, tokens, logits))
 
     def run(self, step: PagedStep, views: Views) -> Logits:
@@ -132,14 +146,19 @@ class FakePaged:
         bounds: list[int] = step.metadata.tolist()
         return self._bounds.setdefault(step.layout, bounds) if step.decodes else bounds
 
-    def _sample(self, step: PagedStep, rows: npt.NDArray[Any], logits: Logits) -> list[int]:
-        best = likeliest(logits).tolist()
+    def _sample(
+        self, step: PagedStep, rows: npt.NDArray[Any], logits: Logits, masks: Masks
+    ) -> list[int]:
         slots, tokens = [], []
-        for row, values, token in zip(rows, logits, best, strict=True):
+        for i, row in enumerate(rows):
             if row["slot"] < 0:
                 continue
             if row["flags"] & EDITED:
                 raise BackendError("the fake can't change logits before it samples from them")
+            values = logits[i].copy()
+            if row["flags"] & MASKED:
+                forbid(values, masks[i])
+            token = int(likeliest(values[None])[0])
             if token != NOT_FINITE and not row["flags"] & GREEDY:
                 number = uniform(int(row["seed"]), int(row["sample"]), int(row["index"]))
                 token = draw(values, _params(row), number)

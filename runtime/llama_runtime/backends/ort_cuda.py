@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from llama_runtime.backends.captured_graphs import CapturedGraphs
 from llama_runtime.backends.cuda_device import INSTALL, Device
+from llama_runtime.backends.cuda_masks import CudaMasks
 from llama_runtime.backends.cuda_sampler import CudaSampler
 from llama_runtime.backends.cuda_scores import CudaScores
 from llama_runtime.backends.cuda_stage import STAGES, InFlight, Stage
@@ -140,6 +141,7 @@ class OrtCuda:
             max_rows=largest.num_logits,
             eos_token_ids=eos_token_ids,
         )
+        self._masks = CudaMasks(device, geometry.vocab_size, largest.num_logits)
         self._scores = CudaScores(device, self._sampler, self._logits, largest.num_logits)
         self._stages = [Stage(device, largest) for _ in range(STAGES)]
         self._cells = (cache.num_blocks, cache.block_size, geometry.num_kv_heads, geometry.head_dim)
@@ -174,7 +176,11 @@ class OrtCuda:
         if step.decodes:
             self._decode(step.layout, step.metadata)
         else:
-            self._run(self._loose, step.layout, step.metadata, step.num_sampled)
+            self._run(self._loose, step.layout, step.metadata)
+        if step.num_sampled:
+            self._masks.queue(chunks)  # while the graph runs
+            rows = self._inputs + step.layout.arrays["rows"][0]
+            self._sampler.sample(self._logits, rows, self._masks.address, step.num_sampled)
         self._device.download(stage.tokens[: step.num_sampled], self._sampler.tokens)
         is_scored = any(chunk.seq.scored for chunk in chunks)
         num_top = self._scores.queue(step, stage) if is_scored else 0
@@ -202,17 +208,11 @@ class OrtCuda:
             return
         # A captured binding is its graph's own; a size that can't be captured needs none.
         binding = self._loose if self._graphs.refused(layout) else self._binding(metadata)
-        queue = partial(self._run, binding, layout, metadata, layout.num_logits)
+        queue = partial(self._run, binding, layout, metadata)
         queue()
         self._graphs.capture(layout, queue, layout.num_rows)
 
-    def _run(
-        self,
-        binding: _Binding,
-        layout: Layout,
-        metadata: npt.NDArray[np.int32],
-        num_sampled: int,
-    ) -> None:
+    def _run(self, binding: _Binding, layout: Layout, metadata: npt.NDArray[np.int32]) -> None:
         """Queue the kernels of a step whose arrays are on the device."""
         binding.metadata[:] = metadata
         places = {name: self._inputs + place[0] for name, place in layout.arrays.items()}
@@ -231,8 +231,6 @@ class OrtCuda:
             self._session._sess.run_with_iobinding(io._iobinding, self._options)
         except Exception as error:
             raise BackendError(f"the graph failed: {error}") from error
-        if num_sampled:
-            self._sampler.sample(self._logits, places["rows"], num_sampled)
 
     def _binding(self, metadata: npt.NDArray[np.int32]) -> _Binding:
         """A binding whose cache is bound; the rest is bound when it runs."""

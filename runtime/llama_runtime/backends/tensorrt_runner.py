@@ -14,6 +14,7 @@ from functools import partial
 
 from llama_runtime.backends.captured_graphs import CapturedGraphs
 from llama_runtime.backends.cuda_device import Device
+from llama_runtime.backends.cuda_masks import CudaMasks
 from llama_runtime.backends.cuda_sampler import CudaSampler
 from llama_runtime.backends.cuda_scores import CudaScores
 from llama_runtime.backends.cuda_stage import STAGES, InFlight, Stage
@@ -80,6 +81,7 @@ class TensorRtRunner:
         self._inputs = device.allocate(batch.num_bytes)
         self._input_ids = device.allocate(8 * batch.num_tokens)
         self._logits = device.allocate(ITEM_BYTES[dtype] * batch.num_logits * geometry.vocab_size)
+        self._masks = CudaMasks(device, geometry.vocab_size, batch.num_logits)
         self._scores = CudaScores(device, sampler, self._logits, batch.num_logits)
         self._stages = [Stage(device, batch) for _ in range(STAGES)]
         # Zero, because attention multiplies by 0 what lies behind a slot's tokens.
@@ -114,7 +116,11 @@ class TensorRtRunner:
         if step.slot is None:
             self._decode(step.layout)
         else:
-            self._run(self._prompt, step.layout, step.slot, step.num_sampled)
+            self._run(self._prompt, step.layout, step.slot)
+        if step.num_sampled:
+            self._masks.queue(chunks)  # while the engine runs
+            rows = self._inputs + step.layout.arrays["rows"][0]
+            self._sampler.sample(self._logits, rows, self._masks.address, step.num_sampled)
         self._device.download(stage.tokens[: step.num_sampled], self._sampler.tokens)
         is_scored = any(chunk.seq.scored for chunk in chunks)
         num_top = self._scores.queue(step, stage) if is_scored else 0
@@ -146,18 +152,17 @@ class TensorRtRunner:
         if layout not in self._decoding:
             self._decoding[layout] = self._context(DECODE)
         context = self._decoding[layout]
-        queue = partial(self._run, context, layout, 0, layout.num_logits)
+        queue = partial(self._run, context, layout, 0)
         queue()
         self._graphs.capture(layout, queue, layout.num_rows)
 
-    def _run(self, context: BoundContext, layout: SlotLayout, slot: int, num_sampled: int) -> None:
+    def _run(self, context: BoundContext, layout: SlotLayout, slot: int) -> None:
         """Queue the kernels of a step whose arrays are on the device.
 
         Args:
             context: of the step's profile.
             layout: the step's sizes.
             slot: the first one of its rows.
-            num_sampled: the rows of logits that are sampled.
         """
         places = {name: self._inputs + place[0] for name, place in layout.arrays.items()}
         places["input_ids"] = self._input_ids
@@ -172,8 +177,6 @@ class TensorRtRunner:
             context.bind(past, pool + slot * self._slot_bytes)
             context.bind(present, pool + slot * self._slot_bytes)
         context.run()
-        if num_sampled:
-            self._sampler.sample(self._logits, places["rows"], num_sampled)
 
     def _context(self, profile: int) -> BoundContext:
         """A context whose logits are bound; the rest is bound when it runs."""

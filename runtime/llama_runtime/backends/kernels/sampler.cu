@@ -40,6 +40,7 @@ __device__ float number(LOGIT value) { return value; }
 #define GREEDY 1
 #define FILTERED 2
 #define EDITED 4
+#define MASKED 8
 #define IN_PROMPT 0x8000  // of a count: the token is in the prompt; the other bits: in the completion
 #define NOT_FINITE -1
 #define INFINITE __int_as_float(0x7f800000)
@@ -68,12 +69,16 @@ __device__ float max_or_nan(float a, float b) {
 
 struct Logits {
     const LOGIT* row;
+    const u32* mask;    // a bit a token that may come next; null unless the row is masked
     const float* bias;  // null unless the row is edited
     const unsigned short* counts;
     float repetition, frequency, presence;
     int size;
 
+    __device__ bool as_is() const { return !mask && !bias; }
+
     __device__ float edit(int i, float value) const {
+        if (mask && !(mask[i / 32] >> i % 32 & 1)) return -INFINITE;
         if (!bias) return value;
         value += bias[i];
         const u32 count = counts[i];
@@ -106,7 +111,7 @@ struct Logits {
             const LOGIT* stored = reinterpret_cast<const LOGIT*>(&packed);
 #pragma unroll
             for (int k = 0; k < VECTOR; ++k) values[k] = number(stored[k]);
-            if (bias)
+            if (!as_is())
                 for (int k = 0; k < VECTOR && i + k < end; ++k) values[k] = edit(i + k, values[k]);
             f(i, values, min(VECTOR, end - i));
         }
@@ -505,9 +510,11 @@ __device__ __noinline__ int draw_filtered(
 }
 
 __device__ Logits logits_of(
-    const LOGIT* logits, const Row* row, const float* bias, const unsigned short* counts,
-    int vocab_size, int index) {
-    Logits result = {logits + (size_t)index * vocab_size, 0, 0, 1.0f, 0, 0, vocab_size};
+    const LOGIT* logits, const Row* row, const u32* masks, const float* bias,
+    const unsigned short* counts, int vocab_size, int index) {
+    Logits result = {logits + (size_t)index * vocab_size, 0, 0, 0, 1.0f, 0, 0, vocab_size};
+    if (row && row->flags & MASKED)
+        result.mask = masks + (size_t)index * ((vocab_size + 31) / 32);
     if (row && row->flags & EDITED) {
         result.bias = bias + (size_t)row->slot * vocab_size;
         result.counts = counts + (size_t)row->slot * vocab_size;
@@ -521,12 +528,12 @@ __device__ Logits logits_of(
 // The next token of each row: to tokens[row], which the host reads, and to next[slot], which the
 // next step reads. Grid: one block a row.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
-    const LOGIT* logits, const Row* rows, const float* bias, unsigned short* counts,
-    int vocab_size, int* next, int* tokens) {
+    const LOGIT* logits, const Row* rows, const u32* masks, const float* bias,
+    unsigned short* counts, int vocab_size, int* next, int* tokens) {
     __shared__ Shared s;
     const Row row = rows[blockIdx.x];
     if (row.slot < 0) return;
-    const Logits own = logits_of(logits, &row, bias, counts, vocab_size, blockIdx.x);
+    const Logits own = logits_of(logits, &row, masks, bias, counts, vocab_size, blockIdx.x);
     float largest;
     int token = likeliest(own, &largest, s);
     if (token != NOT_FINITE && !(row.flags & GREEDY)) {
@@ -552,7 +559,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) score(
     int num_top, double* logprobs, int* top_tokens, double* top_logprobs) {
     __shared__ Shared s;
     const int index = rows[blockIdx.x];
-    const Logits own = logits_of(logits, 0, 0, 0, vocab_size, index);
+    const Logits own = logits_of(logits, 0, 0, 0, 0, vocab_size, index);
     float largest;
     const int best = likeliest(own, &largest, s);
     const Weigher weigher = {largest, 1.0f};
