@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -106,6 +107,7 @@ def proofs(folder: Path, *, large: bool) -> Iterator[tuple[str, Proof]]:
         yield name, partial(_sampler, vocab_size, dtype, deviation)
     tied, config = made(folder, "d64-tied", "fp16"), CONFIGS["d64-tied"]
     yield "parameters of all kinds in one batch", partial(_company, tied)
+    yield "completions held to a grammar, among others", partial(_grammars, tied)
     yield "a shared prefix changes nothing", partial(_prefixes, tied)
     yield "a replayed graph is the graph", partial(_replays, tied)
     yield "a batch whose size is found", partial(_auto, tied)
@@ -286,6 +288,36 @@ def _stored(values: Any, dtype: str) -> tuple[Any, Any]:
         return bits, (bits.astype(np.uint32) << 16).view(np.float32)
     stored = values.astype(dtype)
     return stored, stored.astype(np.float32)
+
+
+def _grammars(bundle: Path) -> Results:
+    """Grammars of all kinds beside free completions, and those without them."""
+    schema = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 4}
+    held: list[tuple[dict[str, Any], Callable[[str], object]]] = [
+        ({"json_schema": schema}, json.loads),
+        ({"regex": "([0-9]{2}[a-f]){3,5}x"}, re.compile("([0-9]{2}[a-f]){3,5}x").fullmatch),
+        ({"choice": ("red", "green", "blue")}, {"red": 1, "green": 1, "blue": 1}.get),
+        ({"grammar": 'start: "(" start ")" | "x"'}, re.compile(r"\(*x\)*").fullmatch),
+    ]
+    free = SamplingParams(max_tokens=40, ignore_eos=True, logprobs=True)
+    with LLM(bundle, max_batch=12, max_len=400, verify="size") as llm:
+        prompts = _tokens(llm, [20] * 32)
+        params = [
+            free
+            if i % 2
+            else SamplingParams(max_tokens=300, temperature=i % 3, seed=i, **held[i // 2 % 4][0])
+            for i in range(len(prompts))
+        ]
+        mixed = llm.generate(prompts, params)
+        apart = llm.generate(prompts[1::2], free)
+    found = _same(apart, mixed[1::2])
+    done = [
+        (i, one.text) for i, one in enumerate(mixed) if i % 2 == 0 and one.finish_reason == "stop"
+    ]
+    wrong = [text for i, text in done if not held[i // 2 % 4][1](text)]
+    found["ok"] &= len(done) >= 12 and not wrong
+    found["text"] += f"; {len(done)} of 16 have ended, {len(wrong)} of them not as they should"
+    return found
 
 
 def _tokens(llm: LLM, lengths: list[int]) -> list[list[int]]:
