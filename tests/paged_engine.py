@@ -13,6 +13,7 @@ from llama_runtime.backends.fake_paged import FakeInFlight, FakePaged, Views
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
 from llama_runtime.errors import BackendError
+from llama_runtime.grammars import GrammarCompiler
 from llama_runtime.paged_batch import PagedStep
 from llama_runtime.paged_cache import PagedCache
 from llama_runtime.sampling import Logits
@@ -98,6 +99,7 @@ def paged_engine(
     prompt_budget: int = 64,
     max_chunk: int = 48,
     share_prefixes: bool = True,
+    grammars: GrammarCompiler | None = None,
 ) -> tuple[Engine, WatchedPaged, PagedCache]:
     """An engine that overlaps, its runner and its cache."""
     cache = PagedCache(max_batch, max_len, num_blocks, block_size, share_prefixes=share_prefixes)
@@ -105,5 +107,13 @@ def paged_engine(
     scheduler = Scheduler(
         cache, prompt_budget=prompt_budget, max_chunk=max_chunk, cut=any_chunk, max_cells=None
     )
-    engine = Engine(runner, scheduler, table, eos_token_ids, vocab_size=vocab_size, max_len=max_len)
+    engine = Engine(
+        runner,
+        scheduler,
+        table,
+        eos_token_ids,
+        vocab_size=vocab_size,
+        max_len=max_len,
+        grammars=grammars,
+    )
     return engine, runner, cache

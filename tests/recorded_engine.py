@@ -17,6 +17,7 @@ from llama_runtime.contract import Geometry
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
 from llama_runtime.events import TokenEvent
+from llama_runtime.grammars import GrammarCompiler, MaskFiller, Masks, mask_words
 from llama_runtime.new_sequence import new_sequence
 from llama_runtime.params import SamplingParams
 from llama_runtime.sampler import Sampler
@@ -72,7 +73,11 @@ class Model:
         self.numpy = NumpyLlama(names, weights)
 
     def alone(
-        self, prompt: list[int], params: SamplingParams, end_tokens: frozenset[int] = END_TOKENS
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        end_tokens: frozenset[int] = END_TOKENS,
+        grammars: GrammarCompiler | None = None,
     ) -> Told:
         """What the sequence should be told, without a cache, an engine or neighbours."""
         seq = new_sequence(
@@ -83,6 +88,7 @@ class Model:
             token_bytes=TABLE,
             vocab_size=VOCAB_SIZE,
             max_len=MAX_LEN,
+            grammars=grammars,
         )
         sampler = Sampler(Reference(), end_tokens)
         if params.prompt_logprobs:
@@ -94,10 +100,16 @@ class Model:
         reason = None
         while reason is None:
             row = self.numpy.logits(seq.token_ids)[-1:].astype(np.float32)
-            (token,), (logprob,) = sampler.sample(row, [Chunk(seq, seq.num_tokens)])
+            masks: Masks = np.full((1, mask_words(VOCAB_SIZE)), -1, np.int32)
+            if seq.matcher is not None:
+                MaskFiller(1).fill([(0, seq.matcher, ())], masks)
+            (token,), (logprob,) = sampler.sample(row, [Chunk(seq, seq.num_tokens)], masks)
             seq.append(token)
             seq.logprobs += [logprob] if logprob else []
             reason = finish_reason(seq, end_tokens)
+            if seq.matcher is not None and reason != "stop":
+                seq.matcher.accept(token)
+                reason = "stop" if seq.matcher.is_complete else reason
         return Told(seq.completion_token_ids, reason, seq.logprobs, seq.prompt_logprobs)
 
 
@@ -122,7 +134,9 @@ class Recorded:
         max_len: int = MAX_LEN,
         prompt_budget: int | None = None,
         end_tokens: frozenset[int] = END_TOKENS,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
+        self.grammars = grammars
         self.model = model
         self.end_tokens = end_tokens
         self.limits = EngineLimits(max_batch, max_len)
@@ -139,6 +153,7 @@ class Recorded:
                 end_tokens,
                 dtype="float32",
                 prompt_budget=prompt_budget,
+                grammars=grammars,
             )
         self.asked: dict[int, Asked] = {}
 
@@ -171,7 +186,7 @@ class Recorded:
 
     def compare(self, asked: Asked) -> None:
         seq = asked.seq
-        told = self.model.alone(asked.prompt, asked.params, self.end_tokens)
+        told = self.model.alone(asked.prompt, asked.params, self.end_tokens, self.grammars)
         if seq.finish_reason == "abort":
             assert seq.completion_token_ids == told.token_ids[: seq.num_completion_tokens]
             return

@@ -20,6 +20,7 @@ import pytest
 from llama_runtime.backends.tensorrt_context import BoundContext, TensorRtEngine
 from llama_runtime.contract import TensorSpec
 from llama_runtime.errors import BackendError
+from llama_runtime.grammars import GrammarCompiler
 from llama_runtime.params import SamplingParams
 from llama_runtime.scheduler import Chunk
 from llama_runtime.tensorrt.kept import load_kept
@@ -28,6 +29,7 @@ from llama_runtime.tensorrt.limits import DECODE, EngineLimits
 from llama_runtime.tensorrt_engine import tensorrt_engine
 from tests.recorded_engine import END_TOKENS, MAX_LEN, TABLE, VOCAB_SIZE, Model, Recorded
 from tests.recording_cuda import RecordingDevice
+from tests.tiny_model import byte_level_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,27 @@ def test_a_slot_that_is_idle_or_reads_its_prompt_leaves_its_neighbours_alone(mod
     recorded.drain()
     decoding = [s["unpack"] for s in recorded.contexts.shapes if s["unpack"][1] == 1]
     assert {rows for rows, _ in decoding} <= {1, 2, 4}
+
+
+def test_completions_held_to_a_grammar_keep_to_it_beside_free_ones(
+    model: Model, tmp_path: Path
+) -> None:
+    byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    ends = frozenset({2})
+    grammars = GrammarCompiler(tmp_path / "tokenizer.json", VOCAB_SIZE, ends)
+    recorded = Recorded(model, end_tokens=ends, grammars=grammars)
+    several: list[dict[str, Any]] = [
+        {"regex": "([a-c]{2}[0-9])*x", "logprobs": True},
+        {"max_tokens": 12, "ignore_eos": True},
+        {"choice": ["red", "green", "blue"], "logit_bias": {123: 5.0}},
+        {"json_schema": {"type": "array", "items": {"type": "integer"}, "maxItems": 2}},
+    ]
+    for i in range(8):
+        options = {"max_tokens": 9, "temperature": float(i % 2), "seed": i, **several[i % 4]}
+        recorded.add(prompt((1, 9, 40)[i % 3], i), **options)
+        recorded.step(i % 3)
+    recorded.drain()
+    recorded.engine.close()
 
 
 def test_a_freed_slot_is_used_again_and_holds_nothing_of_before(model: Model) -> None:
