@@ -21,6 +21,7 @@ import torch
 
 from llama_decoder.attention import eager_attention
 from llama_decoder.decoder import build_decoder
+from llama_export.chat_fixture import make_fixture
 from llama_export.device_check import check_on_device, usable_device
 from llama_export.errors import ExportError
 from llama_export.model_card import model_card
@@ -50,7 +51,7 @@ from llama_runtime.bundle import (
     open_bundle,
     write_manifest,
 )
-from llama_runtime.bundle_limits import CHAT_TEMPLATE
+from llama_runtime.bundle_limits import CHAT_FIXTURE, CHAT_TEMPLATE
 from llama_runtime.contract import SAMPLER, SLOTS, TENSORRT
 from llama_runtime.errors import BundleError, one_line
 from llama_runtime.interrupts import Held
@@ -132,12 +133,13 @@ def verify_bundle(
     Raises:
         BundleError: a file of the bundle is not what was built.
         CheckpointError: the checkpoint can't be used.
-        ExportError: the bundle was built from another checkpoint, or the structure of its graph is
-            not that of the contract.
+        ExportError: the bundle was built from another checkpoint, its chat template doesn't write
+            the prompts that it did, or the structure of its graph is not that of the contract.
     """
     stages = stages or Stages()
     with stages("hash files"):
         bundle = open_bundle(path, verify="full")
+    _check_text_side(bundle)
     with stages("hash source"):
         source = open_source(model, random_seed)
         given, built_from = source.record(), bundle.manifest.source
@@ -290,6 +292,8 @@ def _write_texts(directory: Path, tokenizer: SourceTokenizer) -> None:
     if tokenizer.chat_template is not None:
         path = directory / CHAT_TEMPLATE
         path.write_text(tokenizer.chat_template, encoding="utf-8", newline="")
+        fixture = make_fixture(tokenizer.chat_template, tokenizer.special_tokens)
+        (directory / CHAT_FIXTURE).write_text(fixture.to_json(), encoding="utf-8", newline="")
 
 
 def _tool_versions() -> dict[str, str]:

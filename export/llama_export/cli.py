@@ -17,7 +17,7 @@ from llama_runtime.errors import CaravanError
 if TYPE_CHECKING:
     from llama_export.engines import Wanted
 
-EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "gguf")
+EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "gguf", "jinja2")
 TARGETS = ("cpu", "cuda", "tensorrt")
 PRECISIONS = ("fp32", "fp16", "bf16", "int4")
 KV_CACHES = ("same", "fp8")
@@ -248,8 +248,9 @@ def engine(
 def verify(bundle: Path, model: Path | None, *, random_seed: int | None, quiet: bool) -> None:
     """Check BUNDLE's files, and its graph against the model it was built from.
 
-    Every file is hashed, and the real runtime runs a ragged batch whose logits are compared with
-    those of the decoder in PyTorch. Of a bundle for cuda, the structure of the graph is checked and
+    Every file is hashed, the chat template must write the prompts that it did when the bundle was
+    built, and the real runtime runs a ragged batch whose logits are compared with those of the
+    decoder in PyTorch. Of a bundle for cuda, the structure of the graph is checked and
     logits of the stored weights are compared with those of the model's. The exit status is 1 if
     they differ.
     """

@@ -9,6 +9,7 @@ A bundle is a directory that ``llama-export build`` writes and everything in thi
     tokenizer.json          the tokenizer
     generation_config.json  EOS ids and the model's own sampling settings
     chat_template.jinja     if the model has one
+    chat_fixture.json       conversations, and what the template must make of them
     README.md, LICENSE ...  the model card and the model's terms
 
 Every file is checked before any is used: nothing missing, extra, linked or altered. Hashing a large
@@ -34,7 +35,13 @@ from pathlib import Path
 from typing import Literal
 
 from llama_runtime import verified
-from llama_runtime.bundle_limits import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER, check_limits
+from llama_runtime.bundle_limits import (
+    CHAT_FIXTURE,
+    CHAT_TEMPLATE,
+    GENERATION_CONFIG,
+    TOKENIZER,
+    check_limits,
+)
 from llama_runtime.contract import PAGED, SAMPLER, SLOTS, TENSORRT
 from llama_runtime.errors import BundleError, RequestError
 from llama_runtime.manifest import (
@@ -131,6 +138,17 @@ class Bundle:
         if CHAT_TEMPLATE not in self.manifest.files:
             return None
         return _read_text(self.path / CHAT_TEMPLATE)
+
+    @property
+    def chat_fixture(self) -> str | None:
+        """Conversations and their prompts, read from the file; None if the bundle has none.
+
+        Raises:
+            BundleError: if it isn't UTF-8.
+        """
+        if CHAT_FIXTURE not in self.manifest.files:
+            return None
+        return _read_text(self.path / CHAT_FIXTURE)
 
 
 def open_bundle(path: Path, *, verify: Literal["full", "size"] | None = None) -> Bundle:

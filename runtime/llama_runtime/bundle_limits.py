@@ -11,7 +11,8 @@ from llama_runtime.manifest import Manifest
 TOKENIZER = "tokenizer.json"
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-_MAX_TEXT_BYTES = 2**20
+CHAT_FIXTURE = "chat_fixture.json"
+MAX_TEXT_BYTES = 2**20
 _TOKENIZER_BYTES_PER_TOKEN = 512  # Llama 3's has 140
 _MAX_GRAPH_BYTES = 2**26
 
@@ -28,9 +29,10 @@ def check_limits(root: Path, manifest: Manifest) -> None:
     """
     vocab_bytes = _TOKENIZER_BYTES_PER_TOKEN * manifest.geometry.vocab_size
     limits = {
-        TOKENIZER: _MAX_TEXT_BYTES + vocab_bytes,
-        GENERATION_CONFIG: _MAX_TEXT_BYTES,
-        CHAT_TEMPLATE: _MAX_TEXT_BYTES,
+        TOKENIZER: MAX_TEXT_BYTES + vocab_bytes,
+        GENERATION_CONFIG: MAX_TEXT_BYTES,
+        CHAT_TEMPLATE: MAX_TEXT_BYTES,
+        CHAT_FIXTURE: MAX_TEXT_BYTES,
     }
     for name, limit in limits.items():
         if name in manifest.files and manifest.files[name].size > limit:

@@ -11,10 +11,12 @@ to U+001F alone, which Python counts as white space.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 
+from llama_runtime.conversation import Conversation, read_conversation
 from llama_runtime.errors import BundleError, RequestError, one_line
+from llama_runtime.left_out import Probes
 from llama_runtime.template_process import ask
 from llama_runtime.template_renderer import CPU_SECONDS, FUEL, MEMORY_BYTES
 
@@ -58,8 +60,9 @@ class ChatTemplate:
         """Write a conversation as a prompt.
 
         Args:
-            messages: the turns; each has a ``role`` and a ``content``, both text, and whatever
-                else the template reads.
+            messages: the turns; each has a ``role``, a ``content``, and whatever else the template
+                reads. A content is a text or a list of text parts; beside ``tool_calls`` it may be
+                missing.
             add_generation_prompt: whether to open the assistant's next turn.
             tools: JSON schemas of the tools the model may call; None for none.
 
@@ -67,16 +70,38 @@ class ChatTemplate:
             The prompt, special tokens written out: for `Tokenizer.encode_templated`.
 
         Raises:
-            RequestError: if the messages aren't well formed, or the template refuses them.
+            RequestError: if the messages aren't well formed, or the template refuses them or
+                leaves some of them out.
         """
-        _check_messages(messages)
+        conversation = read_conversation(messages, tools)
+        text = self.render_conversation(conversation, add_generation_prompt=add_generation_prompt)
+        self.check_complete(conversation, add_generation_prompt=add_generation_prompt)
+        return text
+
+    def render_conversation(
+        self,
+        conversation: Conversation,
+        *,
+        add_generation_prompt: bool,
+        now: datetime | None = None,
+    ) -> str:
+        """Write what has been read, even if the template leaves some of it out.
+
+        Args:
+            conversation: see ``read_conversation``.
+            add_generation_prompt: whether to open the assistant's next turn.
+            now: the time a template that asks for it gets; None for that of the clock.
+
+        Raises:
+            RequestError: the template refuses it, or costs too much.
+        """
         variables = self._special_tokens | {
-            "messages": _plain(messages, "messages"),
-            "tools": None if tools is None else _plain(tools, "tools"),
+            "messages": conversation.messages,
+            "tools": conversation.tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        answer = ask(self._source, variables)
+        answer = ask(self._source, variables, now)
         if answer is None:
             problem = f"the chat template needs {_OVER_LIMIT}: shorten the messages"
         elif "text" in answer:
@@ -89,40 +114,19 @@ class ChatTemplate:
             problem = f"the chat template can't render these messages: {one_line(answer['error'])}"
         raise RequestError(problem, param="messages")
 
+    def check_complete(self, conversation: Conversation, *, add_generation_prompt: bool) -> None:
+        """Refuse a conversation of which the template would leave something out.
 
-def _check_messages(messages: object) -> None:
-    if isinstance(messages, str) or not isinstance(messages, Sequence):
-        raise RequestError(
-            f"messages must be a list of turns, not {type(messages).__name__}", param="messages"
+        Raises:
+            RequestError: names the message or tool.
+        """
+        probes = Probes(conversation)
+        if probes.conversation is None:
+            return
+        text = self.render_conversation(
+            probes.conversation, add_generation_prompt=add_generation_prompt
         )
-    if not messages:
-        raise RequestError("messages is empty; at least one turn is needed", param="messages")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise RequestError(
-                f"messages[{index}] must be an object with 'role' and 'content', "
-                f"not {type(message).__name__}",
-                param="messages",
-            )
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                found = type(message[key]).__name__ if key in message else "missing"
-                raise RequestError(
-                    f"messages[{index}] needs a text as '{key}'; it is {found}", param="messages"
-                )
-
-
-def _plain(value: Sequence[Mapping[str, object]], param: str) -> object:
-    """A copy in which there is nothing but JSON values."""
-    try:
-        text = json.dumps([dict(item) for item in value], ensure_ascii=False, allow_nan=False)
-        text.encode("utf-8")
-        return json.loads(text)
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"{param} holds a lone surrogate, U+{ord(text[error.start]):04X}: "
-            "it can't be written as UTF-8, so remove it",
-            param=param,
-        ) from error
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"{param} must hold JSON values only: {error}", param=param) from error
+        missing = probes.missing_from(text)
+        if missing is not None:
+            what, param = missing
+            raise RequestError(f"{what}, which the chat template leaves out", param=param)

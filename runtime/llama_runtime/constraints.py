@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from llama_runtime.errors import RequestError
+from llama_runtime.json_values import is_deeper
 
 KINDS = ("json_schema", "regex", "choice", "grammar")
 MAX_CONSTRAINT_BYTES = 2**16
@@ -53,7 +54,7 @@ def schema_text(value: Mapping[str, object] | bool | str | None) -> str | None:
         return "{}"
     if not isinstance(schema, Mapping):
         raise _wrong("json_schema", f"must be an object or a boolean, not {text:.80}")
-    if _depth(text) > MAX_SCHEMA_DEPTH:
+    if is_deeper(json.loads(text), MAX_SCHEMA_DEPTH):
         raise _too_deep()
     return _sized("json_schema", text)
 
@@ -109,28 +110,6 @@ def check_alone(given: Mapping[str, object], min_tokens: int, *, ignore_eos: boo
                 option,
                 f"can't be given beside {next(iter(given))}, which says where a completion ends",
             )
-
-
-def _depth(text: str) -> int:
-    """How many objects and lists lie inside each other in JSON text."""
-    depth = deepest = 0
-    within_text = escaped = False
-    for character in text:
-        if within_text:
-            if escaped:
-                escaped = False
-            elif character == "\\":
-                escaped = True
-            elif character == '"':
-                within_text = False
-        elif character == '"':
-            within_text = True
-        elif character in "{[":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in "}]":
-            depth -= 1
-    return deepest
 
 
 def _sized(param: str, text: str) -> str:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 
 from llama_runtime.errors import CaravanError
@@ -39,12 +40,15 @@ class TemplateProcess:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, source: str, variables: Mapping[str, object] | None) -> Answer | None:
+    def ask(
+        self, source: str, variables: Mapping[str, object] | None, now: datetime | None = None
+    ) -> Answer | None:
         """Compile a template, and render it if there are variables.
 
         Args:
             source: the Jinja source.
             variables: JSON values; None only compiles.
+            now: the time to tell the template; None for that of the clock.
 
         Returns:
             See ``template_renderer.answer``; None if it went over a limit of time or memory, or
@@ -53,7 +57,7 @@ class TemplateProcess:
         Raises:
             CaravanError: the process can't be started.
         """
-        request = json.dumps({"source": source, "variables": variables}).encode()
+        request = _request(source, variables, now)
         with self._lock:
             try:
                 return self._exchange(request)
@@ -113,7 +117,9 @@ class TemplateProcess:
         process.wait()
 
 
-def ask(source: str, variables: Mapping[str, object] | None) -> Answer | None:
+def ask(
+    source: str, variables: Mapping[str, object] | None, now: datetime | None = None
+) -> Answer | None:
     """See ``TemplateProcess.ask``.
 
     In a program that embeds Python, no interpreter may be there to start. Then templates are
@@ -121,8 +127,13 @@ def ask(source: str, variables: Mapping[str, object] | None) -> Answer | None:
     """
     if not _has_interpreter():
         logger.warning("no Python interpreter to start: templates are rendered without limits")
-        return answer(json.dumps({"source": source, "variables": variables}).encode())
-    return _shared.ask(source, variables)
+        return answer(_request(source, variables, now))
+    return _shared.ask(source, variables, now)
+
+
+def _request(source: str, variables: Mapping[str, object] | None, now: datetime | None) -> bytes:
+    time = None if now is None else now.isoformat()
+    return json.dumps({"source": source, "variables": variables, "now": time}).encode()
 
 
 def _has_interpreter() -> bool:

@@ -12,6 +12,7 @@ Fuel doesn't pay for everything: comparing or printing lists that hold each othe
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from typing import IO, Any, NoReturn
 FUEL = 500_000
 CPU_SECONDS = 0.5  # of one rendering
 MEMORY_BYTES = 160 * 2**20  # of addresses, where the system can limit them; 19 are there at first
+_GENERATION = re.compile(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})")
 
 Answer = dict[str, str]
 
@@ -41,23 +43,31 @@ class Renderer:
     def __init__(self, source: str) -> None:
         import minijinja
 
+        self._now: datetime | None = None
         self._environment = minijinja.Environment(
             trim_blocks=True,
             lstrip_blocks=True,
             fuel=FUEL,
             debug=False,  # else errors carry a picture of the template
             filters={"tojson": _to_json},
-            globals={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
+            globals={"raise_exception": _raise_exception, "strftime_now": self._strftime_now},
         )
         # Jinja reads every line ending as \n
-        self._environment.add_template(
-            "chat_template", source.replace("\r\n", "\n").replace("\r", "\n")
-        )
+        source = source.replace("\r\n", "\n").replace("\r", "\n")
+        # which marks for training what the assistant wrote, and is a scope like this one otherwise
+        source = _GENERATION.sub(r"\1with\2", source)
+        self._environment.add_template("chat_template", source)
 
-    def render(self, variables: Mapping[str, object]) -> Answer:
-        """The text, or what went wrong by its kind: "refused", "fuel" or "render"."""
+    def render(self, variables: Mapping[str, object], now: datetime | None = None) -> Answer:
+        """The text, or what went wrong by its kind: "refused", "fuel" or "render".
+
+        Args:
+            variables: JSON values.
+            now: the time that ``strftime_now`` tells; None for that of the clock.
+        """
         import minijinja
 
+        self._now = now
         try:
             values = {name: _read_only(value) for name, value in variables.items()}
             return {"text": self._environment.render_template("chat_template", **values)}
@@ -71,12 +81,16 @@ class Renderer:
         except Exception as error:  # a method or filter was called with what it can't take
             return {"kind": "render", "error": str(error)}
 
+    def _strftime_now(self, format: str) -> str:
+        return (self._now or datetime.now()).strftime(format)
+
 
 def answer(request: bytes) -> Answer:
     """Compile a template and, if the request has variables, render it.
 
     Args:
-        request: JSON with ``source`` and ``variables``, which may be null.
+        request: JSON with ``source``; ``variables``, which may be null; and ``now``, a time in ISO
+            format or null.
 
     Returns:
         ``text``, or ``error`` and its ``kind``: those of ``Renderer.render``, or "compile".
@@ -91,7 +105,10 @@ def answer(request: bytes) -> Answer:
             _compiled[source] = Renderer(source)
     except minijinja.TemplateError as error:
         return {"kind": "compile", "error": str(error.message)}
-    return {"text": ""} if variables is None else _compiled[source].render(variables)
+    if variables is None:
+        return {"text": ""}
+    now = None if asked["now"] is None else datetime.fromisoformat(asked["now"])
+    return _compiled[source].render(variables, now)
 
 
 _compiled: dict[str, Renderer] = {}
@@ -221,7 +238,3 @@ def _to_json(
 
 def _raise_exception(message: object) -> NoReturn:
     raise _RefusedByTemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)

@@ -3,7 +3,8 @@
 A prompt comes in one of two forms. Raw text gets the opening tokens that the tokenizer prescribes
 (BOS, for most Llamas), once: a prompt that already opens with their text doesn't get them twice.
 The output of a chat template gets none, because templates write their own. In both, the text of a
-special token becomes that token.
+special token becomes that token; where a text came in with the messages, `encode_pieces` prevents
+that.
 
 The ``tokenizers`` package is imported when the first tokenizer is opened.
 """
@@ -16,7 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llama_runtime.control_tokens import ControlTokens
 from llama_runtime.errors import BundleError, RequestError, one_line
+from llama_runtime.shadow_tokenizer import ShadowTokenizer
 from llama_runtime.token_bytes import TokenBytes
 from llama_runtime.tokenizer_file import read_tokenizer
 
@@ -77,6 +80,20 @@ class Tokenizer:
         with _encoding("messages"):
             return self._backend.encode(text, add_special_tokens=False).ids
 
+    def encode_pieces(self, pieces: Sequence[str]) -> list[int]:
+        """Token ids of what a chat template wrote, of whose parts one knows what they are.
+
+        Args:
+            pieces: texts at even places, none of which becomes a control token; control tokens at
+                odd ones.
+
+        Raises:
+            RequestError: if a text holds a lone surrogate, or the tokenizer fails on it.
+        """
+        _check_text("".join(pieces), "templated conversation", param="messages")
+        with _encoding("messages"):
+            return self._shadow.encode(pieces)
+
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text that the tokens write, equal to what a `Detokenizer` streams."""
         return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", errors="replace")
@@ -84,6 +101,26 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token writes; none for special tokens and ids outside the vocabulary."""
         return self.byte_table.bytes_of(token_id)
+
+    @cached_property
+    def control_tokens(self) -> ControlTokens:
+        """The texts of special tokens, and how to find them in a prompt."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return ControlTokens(
+            (token.content for token in added if token.special),
+            (token.content for token in added if not token.special),
+        )
+
+    @cached_property
+    def has_disguised_tokens(self) -> bool:
+        """Whether other texts than a special token's own become it, such as capital letters."""
+        added = self._backend.get_added_tokens_decoder().values()
+        normalized = any(token.special and token.normalized for token in added)
+        return normalized and self._backend.normalizer is not None
+
+    @cached_property
+    def _shadow(self) -> ShadowTokenizer:
+        return ShadowTokenizer(self._backend)
 
     @cached_property
     def byte_table(self) -> TokenBytes:

@@ -1,8 +1,4 @@
-"""Chat templates give the same bytes as in ``transformers``.
-
-The templates follow the prompt formats that the models' cards publish, with the constructs that
-their own templates use.
-"""
+"""Chat templates give the same bytes as in ``transformers``."""
 
 from __future__ import annotations
 
@@ -16,125 +12,18 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from llama_decoder.gguf_file import GgufWeights
 from llama_runtime.chat_template import ChatTemplate
+from llama_runtime.errors import RequestError
+from tests.runtime.chat_templates import (
+    LLAMA_2,
+    LLAMA_3,
+    LLAMA_3_1,
+    LLAMA_3_2,
+    SPECIAL_TOKENS,
+    TEMPLATES,
+    TINYLLAMA,
+)
 
 Message = dict[str, Any]
-
-SMOLLM2 = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA_2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}"
-    "{% set system = messages[0]['content'] %}{% else %}{% set turns = messages %}"
-    "{% set system = false %}{% endif %}{% for message in turns %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if loop.index0 == 0 and system != false %}"
-    "{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content'] %}"
-    "{% else %}{% set content = message['content'] %}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}"
-    "{% endif %}{% endfor %}"
-)
-LLAMA_3 = (
-    "{% for message in messages %}{% set text = '<|start_header_id|>' + message['role'] + "
-    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set text = bos_token + text %}{% endif %}{{ text }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
-    "{% endif %}"
-)
-LLAMA_3_2 = """{{- bos_token }}
-{%- if not date_string is defined %}
-    {%- if strftime_now is defined %}
-        {%- set date_string = strftime_now("%d %b %Y") %}
-    {%- else %}
-        {%- set date_string = "26 Jul 2024" %}
-    {%- endif %}
-{%- endif %}
-{%- if not tools is defined %}
-    {%- set tools = none %}
-{%- endif %}
-{%- if messages[0]["role"] == "system" %}
-    {%- set system = messages[0]["content"]|trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system = "" %}
-{%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
-{#- Tools that the model may call are listed for it. #}
-{%- if tools is not none %}
-    {{- "Environment: ipython\\n" }}
-{%- endif %}
-{{- "Cutting Knowledge Date: December 2023\\nToday Date: " + date_string + "\\n\\n" }}
-{%- if tools is not none %}
-    {%- for tool in tools %}
-        {{- tool | tojson(indent=4) }}
-        {{- "\\n\\n" }}
-    {%- endfor %}
-{%- endif %}
-{{- system }}
-{{- "<|eot_id|>" }}
-{%- for message in messages %}
-    {%- if not (message.role == "ipython" or message.role == "tool" or "tool_calls" in message) %}
-        {{- "<|start_header_id|>" + message["role"] + "<|end_header_id|>\\n\\n" }}
-        {{- message["content"] | trim + "<|eot_id|>" }}
-    {%- elif "tool_calls" in message %}
-        {%- if not message.tool_calls|length == 1 %}
-            {{- raise_exception("This model only supports single tool-calls at once!") }}
-        {%- endif %}
-        {%- set call = message.tool_calls[0].function %}
-        {{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}
-        {{- '{"name": "' + call.name + '", ' }}
-        {{- '"parameters": ' }}
-        {{- call.arguments | tojson }}
-        {%- for name, value in call.arguments.items() %}
-            {{- name + "=" + value|string }}
-            {%- if not loop.last %}
-                {{- ", " }}
-            {%- endif %}
-        {%- endfor %}
-        {{- "}<|eot_id|>" }}
-    {%- else %}
-        {{- "<|start_header_id|>ipython<|end_header_id|>\\n\\n" }}
-        {%- if message.content is mapping or message.content is iterable %}
-            {{- message.content | tojson }}
-        {%- else %}
-            {{- message.content }}
-        {%- endif %}
-        {{- "<|eot_id|>" }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}
-{%- endif %}
-"""
-TINYLLAMA = """{% for message in messages %}
-{% if message['role'] == 'user' %}
-{{ '<|user|>
-' + message['content'] + eos_token }}
-{% elif message['role'] == 'system' %}
-{{ '<|system|>
-' + message['content'] + eos_token }}
-{% elif message['role'] == 'assistant' %}
-{{ '<|assistant|>
-'  + message['content'] + eos_token }}
-{% endif %}
-{% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>' }}
-{% endif %}
-{% endfor %}"""
-TEMPLATES = {
-    "SmolLM2": SMOLLM2,
-    "Llama 2": LLAMA_2,
-    "Llama 3": LLAMA_3,
-    "Llama 3.2": LLAMA_3_2,
-    "TinyLlama": TINYLLAMA,
-    "TinyLlama indented": TINYLLAMA.replace("\n{%", "\n  {%"),
-    "TinyLlama with Windows line endings": TINYLLAMA.replace("\n", "\r\n"),
-}
-SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 
 # Python counts U+001C to U+001F as white space and minijinja doesn't, as the module says.
 CONTENT = st.text(
@@ -260,6 +149,21 @@ def test_expressions_of_published_templates_mean_the_same(expression: str) -> No
     same_as_transformers("{{ " + expression + " }}", turns("Hello", "Hi <é>'", "Hello!"))
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+        "a\n  {% generation %}\n b {{ messages[0].content }}\n  {%- endgeneration %}\n c",
+        "{%- generation -%} a {%- endgeneration -%} b",
+        "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+        "{% for m in messages %}{% if loop.index == 2 %}{% continue %}{% endif %}"
+        "{{ m.content }}{% if loop.index == 3 %}{% break %}{% endif %}{% endfor %}",
+    ],
+)
+def test_tags_of_transformers_mean_the_same(source: str) -> None:
+    same_as_transformers(source, turns("Hello", "Hi", "Why?", "Because"))
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_long_conversations_fit_in_the_fuel(name: str) -> None:
     template = ChatTemplate(TEMPLATES[name], SPECIAL_TOKENS)
@@ -267,3 +171,62 @@ def test_long_conversations_fit_in_the_fuel(name: str) -> None:
     assert len(template.render(turns(long))) >= len(long) - 1
     many = template.render(turns(*["Hello"] * 5_001))
     assert many.count("Hello") == 5_001
+
+
+def test_parts_of_a_text_are_its_lines() -> None:
+    template = ChatTemplate(LLAMA_3, SPECIAL_TOKENS)
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    whole = template.render([{"role": "user", "content": "a \nb"}])
+    assert template.render([{"role": "user", "content": parts}]) == whole
+
+
+def test_what_is_none_counts_as_missing() -> None:
+    call = {"function": {"name": "wetter", "arguments": {}}}
+    bare = {"role": "assistant", "tool_calls": [call]}
+    messages = [*turns("Wetter?"), bare, {"role": "tool", "content": "grau"}]
+    nones = [{**one, "name": None, "content": one.get("content")} for one in messages]
+    assert nones[1]["content"] is None
+    nones[0]["tool_calls"] = None
+    template = ChatTemplate(LLAMA_3_2, SPECIAL_TOKENS)
+    assert template.render(nones) == same_as_transformers(LLAMA_3_2, messages)
+
+
+@pytest.mark.parametrize(
+    ("source", "message", "words"),
+    [
+        (TINYLLAMA, {"role": "critic", "content": "b"}, r"messages\[1\] has the role 'critic'"),
+        (TINYLLAMA, {"role": "tool", "content": ""}, r"messages\[1\] has the role 'tool'"),
+        (
+            LLAMA_3,
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+            r"messages\[1\] has the tool call 0",
+        ),
+        (
+            "{{ messages[0].content }}",
+            {"role": "system", "content": "a"},
+            r"messages\[1\] has the role 'system'",
+        ),
+        (
+            LLAMA_2.replace("raise_exception", "''|format"),
+            {"role": "critic", "content": "[INST]"},
+            r"messages\[1\] has the role 'critic'",
+        ),
+    ],
+)
+def test_nothing_is_left_out_without_a_word(source: str, message: Message, words: str) -> None:
+    template = ChatTemplate(source, SPECIAL_TOKENS)
+    with pytest.raises(RequestError, match=f"{words}, which the chat template leaves out") as error:
+        template.render([*turns("a"), message])
+    assert error.value.param == "messages"
+
+
+def test_tools_that_the_template_leaves_out_are_named() -> None:
+    with pytest.raises(RequestError, match=r"there is tools\[0\], which the chat") as error:
+        ChatTemplate(LLAMA_3, SPECIAL_TOKENS).render(turns("a"), tools=TOOLS)
+    assert error.value.param == "tools"
+    assert "wetter" in ChatTemplate(LLAMA_3_1, SPECIAL_TOKENS).render(turns("a"), tools=TOOLS)
+
+
+def test_roles_that_the_template_writes_are_no_error() -> None:
+    messages = [*turns("a"), {"role": "critic", "content": "a"}, *turns("b", system="c")]
+    same_as_transformers(LLAMA_3, messages)
