@@ -16,20 +16,28 @@ import os
 import weakref
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
-from llama_runtime.arguments import Message, as_list, is_list, wrong_type
+from llama_runtime.arguments import (
+    Message,
+    as_conversations,
+    as_list,
+    is_list,
+    params_of_each,
+    wrong_type,
+)
 from llama_runtime.async_calls import Call, Deadline, Item, Source, settled
 from llama_runtime.async_stream import AsyncStream
 from llama_runtime.completion import Completion, Prompt
-from llama_runtime.errors import RequestError
 from llama_runtime.loading import load
 from llama_runtime.params import SamplingParams
 from llama_runtime.prompt_encoder import PromptEncoder
 from llama_runtime.settings import Settings, in_range
 from llama_runtime.shared_engine import Stats
+from llama_runtime.tool_use import ToolUse
 from llama_runtime.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -178,10 +186,28 @@ class AsyncLLM:
         messages: Seq[Message],
         params: SamplingParams | None = None,
         *,
+        tools: Seq[Mapping[str, object]] | None = None,
+        tool_choice: str | Mapping[str, object] | None = None,
+        allow_control_tokens: bool = False,
         timeout: float | None = None,
     ) -> AsyncStream:
-        """Answer one conversation, an event a token; otherwise as ``stream``."""
-        return self._stream(messages, self._chat_source, params, timeout)
+        """Answer one conversation, an event a token; otherwise as ``stream``.
+
+        Args:
+            messages: the turns.
+            params: as for ``stream``.
+            tools: as for ``chat``; calls are part of the text.
+            tool_choice: as for ``chat``.
+            allow_control_tokens: as for ``chat``.
+            timeout: as for ``stream``.
+
+        Raises:
+            RequestError: as for ``stream``, or the tools are wrong.
+        """
+        use = self._encoder.tool_use(tools, tool_choice)
+        source = partial(self._chat_source, use, allow_control_tokens)
+        (one,) = params_of_each(params, self.default_params, 1)
+        return self._stream(messages, source, use.hold(one), timeout)
 
     async def generate(
         self,
@@ -217,6 +243,9 @@ class AsyncLLM:
         conversations: Seq[Message] | Seq[Seq[Message]],
         params: SamplingParams | Seq[SamplingParams] | None = None,
         *,
+        tools: Seq[Mapping[str, object]] | None = None,
+        tool_choice: str | Mapping[str, object] | None = None,
+        allow_control_tokens: bool = False,
         timeout: float | None = None,
     ) -> list[Completion]:
         """Answer conversations, laid out by the model's chat template.
@@ -224,6 +253,12 @@ class AsyncLLM:
         Args:
             conversations: one list of ``{"role": ..., "content": ...}``, or several.
             params: as for ``generate``.
+            tools: functions that the model may call, in the form of OpenAI's API; what it calls is
+                in ``Completion.tool_calls``.
+            tool_choice: "auto", the model decides; "none"; "required", a grammar holds the answer
+                to a call; or the one tool that is to be called, in OpenAI's form. None is "auto".
+            allow_control_tokens: whether the text of a control token in messages and tools becomes
+                that token. Otherwise it stays text: only the template ends turns and begins them.
             timeout: as for ``generate``.
 
         Returns:
@@ -231,13 +266,16 @@ class AsyncLLM:
 
         Raises:
             CaravanError: as for ``generate``; or the bundle has no chat template, or the template
-                refuses the messages.
+                refuses the messages or leaves some out; or the tools are wrong, or can't be
+                enforced.
         """
-        if not is_list(conversations):
-            raise wrong_type("conversations", "a list of messages, or of such lists", conversations)
-        one = not conversations or isinstance(conversations[0], Mapping)
-        several: Seq[Any] = [conversations] if one else conversations
-        return await self._gather(several, self._chat_source, params, timeout)
+        use = self._encoder.tool_use(tools, tool_choice)
+        several = as_conversations(conversations)
+        each = params_of_each(params, self.default_params, len(several))
+        source = partial(self._chat_source, use, allow_control_tokens)
+        held = [use.hold(one) for one in each]
+        completions = await self._gather(several, source, held, timeout)
+        return [completion.read(use) for completion in completions]
 
     def stats(self) -> Stats:
         """A copy of the counters, as the last step left them; it waits for none.
@@ -330,24 +368,11 @@ class AsyncLLM:
         params: SamplingParams | Seq[SamplingParams] | None,
         timeout: float | None,
     ) -> list[Completion]:
-        each, deadline = self._params_of_each(params, len(items)), Deadline(timeout)
+        deadline = Deadline(timeout)
+        each = params_of_each(params, self.default_params, len(items))
         call = Call(self._worker, items, source, each, window=2 * self.max_batch)
         async with deadline.kept():
             return await call.run()
-
-    def _params_of_each(
-        self, params: SamplingParams | Seq[SamplingParams] | None, count: int
-    ) -> Seq[SamplingParams]:
-        if params is None or isinstance(params, SamplingParams):
-            return [params or self.default_params] * count
-        if not is_list(params):
-            raise wrong_type("params", "SamplingParams, or a list of them", params)
-        if len(params) != count:
-            raise RequestError(f"{count} prompts with {len(params)} parameters", param="params")
-        for one in params:
-            if not isinstance(one, SamplingParams):
-                raise wrong_type("params", "SamplingParams, or a list of them", one)
-        return params
 
     def _source(self, prompt: Prompt, params: SamplingParams) -> Source:
         """A prompt as token ids, or what makes them of text."""
@@ -361,14 +386,26 @@ class AsyncLLM:
             token_ids if params.constraint is None else self._compiling(lambda: token_ids, params)
         )
 
-    def _chat_source(self, messages: Seq[Message], params: SamplingParams) -> Source:
-        return self._compiling(partial(self._encoder.encode_chat, messages), params)
+    def _chat_source(
+        self,
+        use: ToolUse,
+        allow_control_tokens: bool,
+        messages: Seq[Message],
+        params: SamplingParams,
+    ) -> Source:
+        encode = partial(
+            self._encoder.encode_chat, messages, use, allow_control_tokens=allow_control_tokens
+        )
+        return self._compiling(encode, params, use)
 
-    def _compiling(self, encode: Callable[[], list[int]], params: SamplingParams) -> Source:
+    def _compiling(
+        self, encode: Callable[[], list[int]], params: SamplingParams, use: ToolUse | None = None
+    ) -> Source:
         """The same, after what the completion is held to has been compiled; both off the loop."""
 
         def prepared() -> list[int]:
-            self._grammars.prepare(params.constraint)
+            with use.blamed() if use is not None else nullcontext():
+                self._grammars.prepare(params.constraint)
             return encode()
 
         return prepared

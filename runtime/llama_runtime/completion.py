@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama_runtime.errors import CaravanError
 from llama_runtime.events import TokenEvent
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import FinishReason, Sequence, TokenLogprob
+from llama_runtime.tool_calls import ToolCall
+from llama_runtime.tool_use import ToolUse
 
 Prompt = str | Seq[int]
 
@@ -42,6 +44,8 @@ class Completion:
         logprobs: of each token of ``token_ids``; None unless they were asked for.
         prompt_logprobs: of each token of the prompt, None for the first, which nothing precedes;
             None unless they were asked for.
+        tool_calls: what an answer to a request with tools calls, in order.
+        content: what such an answer says beside its calls; None if there is nothing else.
     """
 
     text: str
@@ -54,6 +58,8 @@ class Completion:
     stop_text: str | None = None
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    content: str | None = None
 
     @classmethod
     def of(cls, seq: Sequence, text: str, last: TokenEvent) -> Completion:
@@ -76,3 +82,10 @@ class Completion:
             logprobs=seq.logprobs if seq.params.logprobs else None,
             prompt_logprobs=seq.prompt_logprobs if seq.params.prompt_logprobs else None,
         )
+
+    def read(self, use: ToolUse) -> Completion:
+        """The same, taken apart into what it says and what it calls."""
+        if not use.tools:
+            return self
+        answer = use.read(self.text)
+        return replace(self, content=answer.content, tool_calls=answer.tool_calls)

@@ -17,7 +17,14 @@ from itertools import count
 from types import TracebackType
 from typing import Literal
 
-from llama_runtime.arguments import Message, as_list, is_list, wrong_type
+from llama_runtime.arguments import (
+    Message,
+    as_conversations,
+    as_list,
+    is_list,
+    params_of_each,
+    wrong_type,
+)
 from llama_runtime.completion import Completion, Prompt, Request
 from llama_runtime.errors import RequestError
 from llama_runtime.loading import load, opened, plan
@@ -150,15 +157,8 @@ class LLM:
             BackendError: the graph failed.
         """
         several = as_list(prompts)
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or self.default_params] * len(several)
-        if not is_list(params):
-            raise wrong_type("params", "SamplingParams, or a list of them", params)
-        if len(params) != len(several):
-            raise RequestError(
-                f"{len(several)} prompts with {len(params)} parameters", param="params"
-            )
-        requests = [Request(*pair) for pair in zip(several, params, strict=True)]
+        each = params_of_each(params, self.default_params, len(several))
+        requests = [Request(*pair) for pair in zip(several, each, strict=True)]
         completions: dict[tuple[int, int], Completion] = {}
         for index, completion in self.run(requests):
             if completion.error is not None:
@@ -202,33 +202,64 @@ class LLM:
         self,
         conversations: Seq[Message] | Seq[Seq[Message]],
         params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        tools: Seq[Mapping[str, object]] | None = None,
+        tool_choice: str | Mapping[str, object] | None = None,
+        allow_control_tokens: bool = False,
     ) -> list[Completion]:
         """Answer conversations, laid out by the model's chat template.
 
         Args:
             conversations: one list of ``{"role": ..., "content": ...}``, or several.
             params: as for ``generate``.
+            tools: functions that the model may call, in the form of OpenAI's API; what it calls is
+                in ``Completion.tool_calls``.
+            tool_choice: "auto", the model decides; "none"; "required", a grammar holds the answer
+                to a call; or the one tool that is to be called, in OpenAI's form. None is "auto".
+            allow_control_tokens: whether the text of a control token in messages and tools becomes
+                that token. Otherwise it stays text: only the template ends turns and begins them.
 
         Returns:
             One completion a conversation, in order.
 
         Raises:
             RequestError: as for ``generate``; or the bundle has no chat template, or the template
-                refuses the messages.
+                refuses the messages or leaves some out; or the tools are wrong, or can't be
+                enforced.
         """
-        if not is_list(conversations):
-            raise wrong_type("conversations", "a list of messages, or of such lists", conversations)
-        one = not conversations or isinstance(conversations[0], Mapping)
-        several = [conversations] if one else conversations
-        return self.generate([self.chat_prompt(messages) for messages in several], params)  # type: ignore[arg-type]
+        use = self._encoder.tool_use(tools, tool_choice)
+        several = as_conversations(conversations)
+        each = params_of_each(params, self.default_params, len(several))
+        held = [use.hold(one) for one in each]
+        with use.blamed():
+            for one in held:
+                self._grammars.prepare(one.constraint)
+        prompts = [
+            self._encoder.encode_chat(messages, use, allow_control_tokens=allow_control_tokens)
+            for messages in several
+        ]
+        return [completion.read(use) for completion in self.generate(prompts, held)]
 
-    def chat_prompt(self, messages: Seq[Message]) -> list[int]:
+    def chat_prompt(
+        self,
+        messages: Seq[Message],
+        *,
+        tools: Seq[Mapping[str, object]] | None = None,
+        allow_control_tokens: bool = False,
+    ) -> list[int]:
         """Token ids of a conversation, up to where the model's answer begins.
 
+        Args:
+            messages: as for ``chat``.
+            tools: as for ``chat``.
+            allow_control_tokens: as for ``chat``.
+
         Raises:
-            RequestError: the bundle has no chat template, or it refuses the messages.
+            RequestError: the bundle has no chat template, or it refuses the messages or leaves some
+                out; or the tools are wrong.
         """
-        return self._encoder.encode_chat(messages)
+        use = self._encoder.tool_use(tools)
+        return self._encoder.encode_chat(messages, use, allow_control_tokens=allow_control_tokens)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
         """Continue one raw prompt, an event a token. Closing or dropping the stream frees the slot.

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 
 from llama_runtime.bundle import Bundle
+from llama_runtime.chat_fixture import ChatFixture
 from llama_runtime.chat_template import ChatTemplate
+from llama_runtime.control_tokens import MarkedConversation
+from llama_runtime.conversation import Conversation
 from llama_runtime.errors import CapacityError, RequestError
 from llama_runtime.tokenizer import Tokenizer
+from llama_runtime.tool_use import ToolUse
+from llama_runtime.tools import has_place_for_tools, tool_dialect
 
 NORMALIZED = 4  # how many times as long as what it is normalized to a text may be, generously
 
@@ -22,7 +28,8 @@ class PromptEncoder:
         bundle: an open bundle.
 
     Raises:
-        BundleError: the tokenizer or the template can't be used.
+        BundleError: the tokenizer or the template can't be used, or the template writes other
+            prompts than when the bundle was built.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -31,6 +38,9 @@ class PromptEncoder:
         source = bundle.chat_template
         special_tokens = bundle.manifest.special_tokens
         self._template = None if source is None else ChatTemplate(source, special_tokens)
+        fixture = bundle.chat_fixture
+        if self._template is not None and fixture is not None:
+            ChatFixture.from_json(fixture).check(self._template)
 
     @property
     def has_chat_template(self) -> bool:
@@ -57,14 +67,77 @@ class PromptEncoder:
             )
         return self.tokenizer.encode(text)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
-        """Token ids of a conversation, up to where the model's answer begins.
+    def tool_use(self, tools: object = None, tool_choice: object = None) -> ToolUse:
+        """What a request says of tools, checked, and how this model is told.
+
+        Args:
+            tools: definitions in the form of OpenAI's API, or None.
+            tool_choice: "auto", "none", "required" or one tool; None is "auto".
 
         Raises:
-            RequestError: the bundle has no chat template, or it refuses the messages.
+            RequestError: they are wrong.
         """
+        source = self.bundle.chat_template
+        in_template = source is not None and self._has_place_for_tools
+        dialect = tool_dialect(source) if in_template and source is not None else "hermes"
+        return ToolUse.of(tools, tool_choice, dialect, in_template=in_template)
+
+    @cached_property
+    def _has_place_for_tools(self) -> bool:
+        return self._template is not None and has_place_for_tools(
+            lambda messages, tools: self._required().render(messages, tools=tools)
+        )
+
+    def _required(self) -> ChatTemplate:
         if self._template is None:
             raise RequestError(
                 f"{self.bundle.path} has no chat template; give raw prompts", param="messages"
             )
-        return self.tokenizer.encode_templated(self._template.render(messages))
+        return self._template
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        use: ToolUse | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        allow_control_tokens: bool = False,
+    ) -> list[int]:
+        """Token ids of a conversation, up to where the model's answer begins.
+
+        Args:
+            messages: the turns; see `ChatTemplate.render`.
+            use: the tools of the request; None for none.
+            add_generation_prompt: whether to open the assistant's next turn.
+            allow_control_tokens: whether the text of a control token in messages and tools becomes
+                that token, with which whoever wrote it can end a turn or begin another. Otherwise
+                only the template's become tokens, and what came in stays text.
+
+        Raises:
+            RequestError: the bundle has no chat template, or it refuses the messages or leaves some
+                of them out.
+        """
+        template = self._required()
+        conversation = (use or self.tool_use()).conversation(messages)
+        render = partial(template.render_conversation, add_generation_prompt=add_generation_prompt)
+        if allow_control_tokens:
+            token_ids = self.tokenizer.encode_templated(render(conversation))
+        else:
+            token_ids = self._encode_apart(conversation, render)
+        template.check_complete(conversation, add_generation_prompt=add_generation_prompt)
+        return token_ids
+
+    def _encode_apart(
+        self, conversation: Conversation, render: Callable[[Conversation], str]
+    ) -> list[int]:
+        """Token ids of a conversation, control tokens being those that the template wrote."""
+        control = self.tokenizer.control_tokens
+        control.check_roles(conversation)
+        marked = MarkedConversation(conversation, control)
+        if not marked.has_marks and not self.tokenizer.has_disguised_tokens:
+            return self.tokenizer.encode_templated(render(conversation))
+        pieces, opaque = control.split(render(marked.exact)), control.split(render(marked.opaque))
+        if pieces[1::2] != opaque[1::2]:
+            pieces = opaque
+        pieces[::2] = [marked.unmark(text) for text in pieces[::2]]
+        return self.tokenizer.encode_pieces(pieces)

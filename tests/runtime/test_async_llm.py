@@ -346,7 +346,7 @@ def test_tokenizing_and_templates_run_beside_the_loop(
 ) -> None:
     threads = []
 
-    def slow(what: object, **_: object) -> list[int]:
+    def slow(*_: object, **__: object) -> list[int]:
         threads.append(threading.get_ident())
         time.sleep(0.2)
         return [1, 2]
