@@ -189,6 +189,77 @@ def generate(
         )
 
 
+@cli.command(
+    epilog=_examples(
+        "  llama-run chat",
+        '  llama-run chat --system "Answer in one sentence." --temperature 0.7',
+        "  llama-run chat --load talk.json",
+        '  echo "Why is the sky blue?" | llama-run chat',
+    )
+)
+@click.option("--system", metavar="TEXT", help="What the model is told before all messages.")
+@click.option(
+    "--load",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Go on with a conversation that /save wrote; options given here go before its own.",
+)
+@generation_options
+@click.option(
+    "--max-len",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="The context: the most tokens of the conversation and its next answer.  [default: what "
+    "fits of the model's limit, at most 4096]",
+)
+@prefix_tokens_option
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing that nobody asked for.")
+def chat(
+    system: str | None,
+    load: Path | None,
+    bundle: Path,
+    chat: bool | None,
+    threads: int | None,
+    devices: list[int] | None,
+    max_len: int | None,
+    prefix_tokens: int | None,
+    quiet: bool,
+    **sampling: Any,
+) -> None:
+    """Talk with the model.
+
+    Enter sends a message and Alt-Enter begins a new line; what is pasted is one message. Ctrl-C
+    stops an answer and what came of it stays; Ctrl-D ends the chat. /help shows the commands, among
+    them /set for the options below, /retry, /undo, /save and /load. An answer may have 1024 tokens,
+    unless another --max-tokens is given or loaded, and no more than the context has room for.
+
+    From a pipe each line is a message, unless it ends in a backslash or begins a block between
+    lines of three quotes. Answers go to standard output and all else to standard error.
+
+    Exit status: 0 the chat was ended, 2 wrong use, 130 it was ended by Ctrl-C.
+    """
+    from llama_runtime.chat.command import Settings, run
+
+    if chat is False:
+        raise RequestError(
+            "a chat needs the chat template: leave --no-chat out, or give raw text to llama-run "
+            "generate",
+            param="chat",
+        )
+    settings = Settings(
+        bundle=bundle,
+        options=given(sampling),
+        system=system,
+        load=load,
+        max_len=max_len,
+        threads=threads,
+        devices=devices,
+        prefix_tokens=prefix_tokens,
+        quiet=quiet,
+    )
+    click.get_current_context().exit(run(settings))
+
+
 @cli.command(epilog=_examples("  llama-run inspect --bundle ./bundle"))
 @bundle_option
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest itself.")
