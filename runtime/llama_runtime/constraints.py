@@ -41,6 +41,8 @@ def schema_text(value: Mapping[str, object] | bool | str | None) -> str | None:
         return None
     if not isinstance(value, (Mapping, bool, str)):
         raise _wrong("json_schema", f"must be a JSON schema, not {type(value).__name__}")
+    if isinstance(value, str):
+        _sized("json_schema", value)  # before megabytes are read
     try:
         schema = json.loads(value) if isinstance(value, str) else value
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -54,9 +56,10 @@ def schema_text(value: Mapping[str, object] | bool | str | None) -> str | None:
         return "{}"
     if not isinstance(schema, Mapping):
         raise _wrong("json_schema", f"must be an object or a boolean, not {text:.80}")
+    _sized("json_schema", text)
     if is_deeper(json.loads(text), MAX_SCHEMA_DEPTH):
         raise _too_deep()
-    return _sized("json_schema", text)
+    return text
 
 
 def grammar_text(param: str, value: str | None) -> str | None:

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from llama_runtime import grammar_check
 from llama_runtime.constraints import Constraint
 from llama_runtime.errors import RequestError, one_line
 from llama_runtime.grammar_vocabulary import GrammarVocabulary
+from llama_runtime.schema_rules import kept_schema
 
 if TYPE_CHECKING:
     import llguidance
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 Masks = npt.NDArray[np.int32]
 
 MAX_COMPILED = 128  # constraints that are kept, the latest ones
-# Fuel and sizes, so that none takes more than about a second to compile or some milliseconds a
-# token: several times what the largest schemas of the tests need.
+# Fuel and sizes that bound a token to some hundred milliseconds, and that no schema of the tests
+# comes near. What compiling may take is bounded by ``grammar_check``.
 INITIAL_LEXER_FUEL = 1_000_000
 STEP_LEXER_FUEL = 200_000
 STEP_MAX_ITEMS = 50_000
@@ -191,6 +193,12 @@ def forbid(logits: npt.NDArray[np.float32], mask: Masks) -> None:
 def _compile(tokenizer: llguidance.LLTokenizer, constraint: Constraint) -> llguidance.LLMatcher:
     import llguidance
 
+    try:
+        grammar = _grammar(constraint)
+    except ValueError as error:
+        raise _refused(constraint, error) from error
+    if not grammar_check.ends(grammar):
+        raise _refused(constraint, grammar_check.OVER_LIMIT)
     limits = llguidance.LLParserLimits(
         max_items_in_row=MAX_ITEMS_IN_ROW,
         initial_lexer_fuel=INITIAL_LEXER_FUEL,
@@ -200,7 +208,9 @@ def _compile(tokenizer: llguidance.LLTokenizer, constraint: Constraint) -> llgui
         max_grammar_size=MAX_GRAMMAR_SIZE,
         verbose_errors=False,  # else they carry the grammar
     )
-    state = llguidance.LLMatcher(tokenizer, _grammar(constraint), log_level=0, limits=limits)
+    state = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+    if not state.is_error():
+        state.compute_bitmask()  # some circles show only here
     if state.is_error():
         raise _refused(constraint, state.get_error())
     warnings = state.get_grammar_warnings()
@@ -210,12 +220,17 @@ def _compile(tokenizer: llguidance.LLTokenizer, constraint: Constraint) -> llgui
 
 
 def _grammar(constraint: Constraint) -> str:
-    """A constraint in the language of llguidance."""
+    """A constraint in the language of llguidance.
+
+    Raises:
+        ValueError: a schema has a rule or a number that can't be kept.
+    """
     import llguidance
 
     make, source = llguidance.LLMatcher, constraint.source
     if constraint.kind == "json_schema":
-        return make.grammar_from_json_schema(source, overrides={"whitespace_pattern": WHITESPACE})
+        schema = kept_schema(json.loads(source))
+        return make.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
     if constraint.kind == "regex":
         # Classes such as \d are ASCII, as they are in JSON schemas.
         return make.grammar_from_lark(f"start: /{llguidance.regex_to_lark(source, 'dws')}/")
@@ -225,7 +240,7 @@ def _grammar(constraint: Constraint) -> str:
     return make.grammar_from_lark(source)
 
 
-def _refused(constraint: Constraint, reason: str) -> RequestError:
+def _refused(constraint: Constraint, reason: object) -> RequestError:
     return RequestError(
         f"{constraint.kind} can't be used: {one_line(reason)}", param=constraint.kind
     )

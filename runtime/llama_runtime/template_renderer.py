@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
+
+from llama_runtime.limited_process import serve
 
 # Fuel pays for each instruction and for the text it makes. In published templates a message costs
 # 25 to 45 units and one unit writes 10 to 20 characters: this is room for 10,000 messages or
@@ -118,44 +118,11 @@ def main() -> None:
     """Answer one request after the other until standard input ends."""
     import minijinja  # noqa: F401 - so that its import isn't part of the first request
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the program that asks
-    _limit_memory()
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    while request := read_frame(requests):
-        _limit_time(CPU_SECONDS)
-        try:
-            reply = json.dumps(answer(request)).encode()
-        except MemoryError:
-            return  # what is left may not be enough for another
-        _limit_time(0)
-        write_frame(answers, reply)
-
-
-def read_frame(file: IO[bytes]) -> bytes:
-    """One message; empty at the end."""
-    size = int.from_bytes(file.read(8), "little")
-    return file.read(size)
-
-
-def write_frame(file: IO[bytes], data: bytes) -> None:
-    """Write one message and hand it over."""
-    file.write(len(data).to_bytes(8, "little"))
-    file.write(data)
-    file.flush()
-
-
-def _limit_memory() -> None:
-    if sys.platform != "win32":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _limit_time(seconds: float) -> None:
-    """Let the system end this process when it has computed for so long; 0 takes that back."""
-    if sys.platform != "win32":
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+    serve(
+        lambda request: json.dumps(answer(request)).encode(),
+        cpu_seconds=CPU_SECONDS,
+        memory_bytes=MEMORY_BYTES,
+    )
 
 
 class _RefusedByTemplateError(Exception):

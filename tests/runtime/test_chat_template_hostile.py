@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llama_runtime import template_process
+from llama_runtime import limited_process, template_process
 from llama_runtime.chat_template import ChatTemplate
 from llama_runtime.errors import BundleError, RequestError
 
@@ -144,7 +144,7 @@ def test_ctrl_c_while_a_template_is_rendered_leaves_no_answer_for_the_next(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(template_process, "read_frame", interrupted)
+        patch.setattr(limited_process, "_read_frame", interrupted)
         with pytest.raises(KeyboardInterrupt):
             template.render([{"role": "user", "content": "first"}])
     assert template.render([{"role": "user", "content": "second"}]) == "user: second"
@@ -152,7 +152,7 @@ def test_ctrl_c_while_a_template_is_rendered_leaves_no_answer_for_the_next(
 
 def test_a_renderer_that_was_killed_is_started_again() -> None:
     template = ChatTemplate(PLAIN, {})
-    process = template_process._shared._process
+    process = template_process._renderer._process
     assert process is not None
     process.kill()
     process.wait()
@@ -165,7 +165,7 @@ def test_the_renderer_takes_no_signal_of_the_terminal_and_ends_with_its_program(
     code = (
         "import os\nfrom llama_runtime import template_process\n"
         "from llama_runtime.chat_template import ChatTemplate\n"
-        "ChatTemplate('a', {})\npid = template_process._shared._process.pid\n"
+        "ChatTemplate('a', {})\npid = template_process._renderer._process.pid\n"
         "print(pid, os.getpgid(pid) != os.getpgrp(), flush=True)\nos._exit(0)\n"
     )
     run = subprocess.run(

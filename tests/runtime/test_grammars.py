@@ -293,6 +293,9 @@ def test_copies_of_one_grammar_go_their_own_ways(vocabulary: Vocabulary) -> None
         ({"json_schema": {"enum": []}}, "[Uu]nsatisfiable"),
         ({"json_schema": {"type": "string", "pattern": "["}}, "regex"),
         ({"json_schema": {"allOf": [{"type": "string"}, {"type": "null"}]}}, "[Uu]nsatisfiable"),
+        ({"json_schema": {"$ref": "#"}}, "."),
+        ({"json_schema": {"minimum": 10**400}}, "2.53"),
+        ({"json_schema": {"type": "number", "multipleOf": 1_000_003}}, "more than 1 s or 512 MB"),
     ],
 )
 def test_what_does_not_compile_is_refused_by_name(
