@@ -15,7 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pytest
 
@@ -370,6 +370,33 @@ def test_tokenizing_and_templates_run_beside_the_loop(
     assert threading.get_ident() not in threads
     assert len(threads) == 3
     wait_for(lambda: two.llm.stats().waiting == 0)
+
+
+def test_grammars_are_compiled_beside_the_loop_and_the_worker(
+    two: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def compiled(*_: object) -> NoReturn:
+        threads.append(threading.current_thread())
+        raise RequestError("no", param="regex")
+
+    monkeypatch.setattr("llama_runtime.grammars._compile", compiled)
+    held = SamplingParams(max_tokens=5, regex="a")
+
+    async def main() -> None:
+        for prompt in ("a", [1, 2]):
+            with pytest.raises(RequestError):
+                await two.llm.generate(prompt, held)
+            with pytest.raises(RequestError):
+                await tokens(two.llm.stream(prompt, held))
+        with pytest.raises(RequestError):
+            await two.llm.chat(CHAT, held)
+
+    run(main)
+    assert len(threads) == 5
+    assert threading.current_thread() not in threads
+    assert not any(thread.name == "caravan-worker" for thread in threads)
 
 
 # --- giving up ----------------------------------------------------------------------------------

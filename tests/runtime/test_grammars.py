@@ -190,6 +190,7 @@ def vocabularies(tmp_path_factory: pytest.TempPathFactory) -> list[Vocabulary]:
         ['"', "\\", "/", "a\nb", "\t", "\x00", "\x7f"],
         ["i", '"i', "a | b", "#", "%json"],
         ["no"] * 3,
+        ["▁", "a▁b"],
     ],
 )
 def test_every_choice_can_be_made(vocabulary: Vocabulary, choices: list[str]) -> None:
@@ -352,3 +353,10 @@ def test_threads_may_compile_at_once(tmp_path: Path) -> None:
         thread.join()
     assert len(found) == 8
     assert None not in found
+
+
+def test_what_would_be_kept_in_part_is_refused(vocabulary: Vocabulary) -> None:
+    """A grammar may ask for that; here it would give what its schema doesn't allow."""
+    schema = '{"type": "string", "format": "zip", "x-guidance": {"lenient": true}}'
+    with pytest.raises(RequestError, match="Unknown format: zip"):
+        vocabulary.matcher(grammar=f"start: %json {schema}")

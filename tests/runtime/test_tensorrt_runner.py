@@ -107,7 +107,7 @@ def test_completions_held_to_a_grammar_keep_to_it_beside_free_ones(
         {"json_schema": {"type": "array", "items": {"type": "integer"}, "maxItems": 2}},
     ]
     for i in range(8):
-        options = {"max_tokens": 9, "temperature": float(i % 2), "seed": i, **several[i % 4]}
+        options = {"max_tokens": 9, "temperature": float(i % 4 != 1), "seed": i, **several[i % 4]}
         recorded.add(prompt((1, 9, 40)[i % 3], i), **options)
         recorded.step(i % 3)
     recorded.drain()
