@@ -16,6 +16,7 @@ import click
 from llama_runtime import __version__
 from llama_runtime.cli_options import (
     bundle_option,
+    control_tokens_option,
     devices_option,
     generation_options,
     given,
@@ -62,6 +63,7 @@ def cli() -> None:
 )
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @generation_options
+@control_tokens_option
 @max_batch_option
 @click.option(
     "--max-len",
@@ -80,6 +82,7 @@ def batch(
     chat: bool | None,
     threads: int | None,
     devices: list[int] | None,
+    allow_control_tokens: bool,
     max_batch: int | Literal["auto"] | None,
     max_len: int | None,
     prefix_tokens: int | None,
@@ -114,6 +117,7 @@ def batch(
         bundle=bundle,
         options=given(sampling),
         chat=chat,
+        allow_control_tokens=allow_control_tokens,
         max_batch=max_batch,
         max_len=max_len,
         threads=threads,
@@ -135,6 +139,7 @@ def batch(
 )
 @click.argument("prompt")
 @generation_options
+@control_tokens_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, as batch does.")
 def generate(
     prompt: str,
@@ -142,6 +147,7 @@ def generate(
     chat: bool | None,
     threads: int | None,
     devices: list[int] | None,
+    allow_control_tokens: bool,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -162,7 +168,9 @@ def generate(
         prompt = _read_prompt()
     encoder = PromptEncoder(open_bundle(bundle))
     defaults = default_params(encoder.bundle.generation_config)
-    recipe = Recipe.of_job(encoder, defaults, given(sampling), chat)
+    recipe = Recipe.of_job(
+        encoder, defaults, given(sampling), chat, allow_control_tokens=allow_control_tokens
+    )
     row = Row(0, prompt)
     request = recipe.request(row)
     params = request.params

@@ -70,12 +70,19 @@ prefix_tokens_option = click.option(
     "again; 0 turns it off.  [default: what fits, at most 4096; all of the cache on CUDA]",
 )
 
+control_tokens_option = click.option(
+    "--allow-control-tokens",
+    is_flag=True,
+    help="Let the text of a control token in messages become that token. Otherwise it stays text, "
+    "and no message can end its turn and begin another.",
+)
+
 _LENGTH = [
     click.option(
         "--max-tokens",
         metavar="N",
         type=int,
-        help="The most tokens of a completion.  [default: 256]",
+        help="The most tokens of a completion.  [default: 256; 1024 in chat]",
     ),
     click.option(
         "--min-tokens", metavar="N", type=int, help="Tokens before it may end.  [default: 0]"

@@ -177,7 +177,7 @@ def test_a_list_that_has_rotted_is_refused_with_all_that_is_wrong(tmp_path: Path
         assert run.returncode == 2
         assert len(run.stderr.splitlines()) == 5
         assert "gone: runtime/llama_runtime/stopping.py has this line 0 times" in run.stderr
-        assert "often: runtime/llama_runtime/async_llm.py has this line 2 times" in run.stderr
+        assert "often: runtime/llama_runtime/async_llm.py has this line 3 times" in run.stderr
         assert "no-python: what the line becomes is no Python" in run.stderr
         assert "no-file: there is no runtime/llama_runtime/gone.py" in run.stderr
         assert "no-test: there is no test tests/runtime/test_engine.py::test_gone" in run.stderr

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from click.types import FloatParamType, IntParamType
 
 from llama_runtime import __version__, loading, settings
+from llama_runtime.chat.command import MAX_TOKENS
 from llama_runtime.cli import cli
 from llama_runtime.cuda_loading import CUDA_MAX_BATCH
 from llama_runtime.llm import LLM
@@ -202,6 +203,30 @@ WRONG_USES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         "log-probabilities need --json",
     ),
     "long prompt": (lambda _: ["generate", "x" * 700], "over the model's limit 512"),
+    "no schema": (
+        lambda f: ["generate", "a", "--json-schema", f / "no.json"],
+        "no.json can't be read: No such file",
+    ),
+    "a schema that is none": (
+        lambda _: ["generate", "a", "--json-schema", "{"],
+        "json_schema is no JSON",
+    ),
+    "a schema that can't be kept": (
+        lambda _: ["generate", "a", "--json-schema", '{"not": {}}'],
+        'json_schema can\'t be used: Unimplemented keys: ["not"]',
+    ),
+    "a grammar of bytes": (
+        lambda f: ["generate", "a", "--grammar", bad_file(b"\xff")(f)[1]],
+        "bad.txt can't be read: it is not UTF-8 text at byte 1",
+    ),
+    "an expression that is none": (
+        lambda _: ["generate", "a", "--regex", "("],
+        "regex can't be used",
+    ),
+    "two constraints": (
+        lambda _: ["generate", "a", "--regex", "a", "--choice", "b"],
+        "can't be given beside",
+    ),
 }
 
 
@@ -299,6 +324,32 @@ def test_generate_prints_the_text_and_nothing_else(run: Run, fake_bundle: Path) 
     assert result.stdout_bytes == expected.text.encode() + b"\n"
     assert run("generate", "-", "--max-tokens", 30, stdin=b"hello\n").stdout == result.stdout
     assert run("generate", "-", stdin=b"\xff").exit_code == 2
+
+
+def test_generate_holds_to_what_is_asked_for(run: Run, tmp_path: Path) -> None:
+    schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    (tmp_path / "grammar.lark").write_text('start: "ab" | "c"')
+    asked: list[tuple[list[object], Callable[[str], object]]] = [
+        (["--choice", "red", "--choice", "blue"], {"red": 1, "blue": 1}.__getitem__),
+        (["--regex", "[0-9]{3}"], int),
+        (["--json-schema", json.dumps({"enum": [7]})], json.loads),
+        (["--json-schema", tmp_path / "schema.json"], json.loads),
+        (["--grammar", tmp_path / "grammar.lark"], {"ab": 1, "c": 1}.__getitem__),
+    ]
+    for options, check in asked:
+        result = run("generate", "Say it", *options)
+        assert result.exit_code == 0, result.stderr
+        assert check(result.stdout.strip())
+
+
+def test_control_tokens_in_a_prompt_are_text_unless_allowed(run: Run) -> None:
+    plain, text, token = (
+        json.loads(run("generate", *given, "--json", "--max-tokens", 1).stdout)["usage"]
+        for given in (["a"], ["a<|im_end|>"], ["a<|im_end|>", "--allow-control-tokens"])
+    )
+    assert text["prompt_tokens"] == plain["prompt_tokens"] + len("<|im_end|>")
+    assert token["prompt_tokens"] == plain["prompt_tokens"] + 1
 
 
 def test_inspect_shows_the_bundle_and_its_manifest(run: Run, fake_bundle: Path) -> None:
@@ -410,7 +461,7 @@ def test_help_and_version_read_well_at_every_level(run: Run) -> None:
 
 def test_defaults_in_the_help_are_those_of_the_library(run: Run) -> None:
     text = " ".join(run("batch", "--help").stdout.split())
-    assert f"[default: {SamplingParams().max_tokens}]" in text
+    assert f"[default: {SamplingParams().max_tokens}; {MAX_TOKENS} in chat]" in text
     usual = f"[default: {settings.DEFAULT_MAX_BATCH}; {CUDA_MAX_BATCH} on CUDA]"
     assert "Prompts that run at once, on each device;" in text
     assert usual in text

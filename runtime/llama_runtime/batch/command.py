@@ -32,6 +32,7 @@ class Settings:
         bundle: the bundle's directory.
         options: sampling options that replace the bundle's own, by name.
         chat: whether plain prompts become messages; None if the bundle has a template.
+        allow_control_tokens: see ``LLM.chat``.
         max_batch: sequences that run at once, or "auto"; None takes the default of ``LLM``.
         max_len: the most tokens of one sequence; None takes the longest request of a file, and
             the default of ``LLM`` for a stream.
@@ -43,6 +44,7 @@ class Settings:
     bundle: Path
     options: Mapping[str, Any]
     chat: bool | None = None
+    allow_control_tokens: bool = False
     max_batch: int | Literal["auto"] | None = None
     max_len: int | None = None
     threads: int | None = None
@@ -68,7 +70,13 @@ def run(source: Source, results: ResultFile, settings: Settings, console: Consol
     """
     encoder = PromptEncoder(open_bundle(settings.bundle))
     defaults = default_params(encoder.bundle.generation_config)
-    recipe = Recipe.of_job(encoder, defaults, settings.options, settings.chat)
+    recipe = Recipe.of_job(
+        encoder,
+        defaults,
+        settings.options,
+        settings.chat,
+        allow_control_tokens=settings.allow_control_tokens,
+    )
     console.say(report.settings(recipe))
     max_len, total = settings.max_len, None
     if not source.is_stream:

@@ -21,11 +21,13 @@ class Recipe:
         encoder: the bundle's tokenizer and chat template.
         params: sampling; its seed is the job's, from which rows get theirs.
         chat: whether a plain prompt becomes a user's message.
+        allow_control_tokens: whether the text of a control token in messages becomes that token.
     """
 
     encoder: PromptEncoder
     params: SamplingParams
     chat: bool
+    allow_control_tokens: bool = False
 
     @classmethod
     def of_job(
@@ -34,6 +36,8 @@ class Recipe:
         defaults: SamplingParams,
         options: Mapping[str, Any],
         chat: bool | None,
+        *,
+        allow_control_tokens: bool = False,
     ) -> Recipe:
         """The settings of a job.
 
@@ -42,6 +46,7 @@ class Recipe:
             defaults: the bundle's own sampling.
             options: what the job sets instead, by the names of ``SamplingParams``.
             chat: None for whatever the bundle allows.
+            allow_control_tokens: see ``LLM.chat``.
 
         Raises:
             RequestError: an option is out of range, or ``chat`` needs a template that isn't there.
@@ -56,6 +61,7 @@ class Recipe:
             encoder,
             replace(defaults, **options),
             encoder.has_chat_template if chat is None else chat,
+            allow_control_tokens,
         )
 
     def request(self, row: Row) -> Request:
@@ -83,11 +89,10 @@ class Recipe:
     def _encode(self, prompt: str | list[Any] | None) -> list[int]:
         if not prompt:
             raise RequestError("the prompt is empty", param="prompt")
-        if isinstance(prompt, list):
-            return self.encoder.encode_chat(prompt)
-        if self.chat:
-            return self.encoder.encode_chat([{"role": "user", "content": prompt}])
-        return self.encoder.encode(prompt)
+        if isinstance(prompt, str) and not self.chat:
+            return self.encoder.encode(prompt)
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        return self.encoder.encode_chat(messages, allow_control_tokens=self.allow_control_tokens)
 
 
 @dataclass(slots=True)
