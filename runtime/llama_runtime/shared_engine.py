@@ -20,7 +20,15 @@ from llama_runtime.events import Counters, TokenEvent
 from llama_runtime.params import SamplingParams, fresh_seed
 from llama_runtime.sequence import Sequence
 
-Inbox = deque[TokenEvent]
+
+class Inbox(deque[TokenEvent]):
+    """Events of some sequences.
+
+    Attributes:
+        num_open: how many of the sequences may still have one.
+    """
+
+    num_open = 0
 
 
 @dataclass(slots=True)
@@ -105,12 +113,16 @@ class SharedEngine:
             ]
             for seq in seqs:
                 self._inboxes[seq.id] = inbox
+                inbox.num_open += 1
                 self._stats.prompt_tokens += seq.num_prompt_tokens
             return seqs
 
     def wait(self, inbox: Inbox) -> None:
-        """Step until there is an event in ``inbox``, which is that of a sequence in flight."""
-        while not inbox:
+        """Step until there is an event in ``inbox``, or none can come any more.
+
+        That is so when all its sequences have been dropped, by a thread that doesn't wait for it.
+        """
+        while not inbox and inbox.num_open:
             self._check_usable()
             with self._next():
                 if not inbox and not self.closed:
@@ -168,7 +180,9 @@ class SharedEngine:
     def _abort_dropped(self) -> None:
         while self._dropped:
             seq = self._dropped.popleft()
-            if self._inboxes.pop(seq.id, None) is not None:
+            inbox = self._inboxes.pop(seq.id, None)
+            if inbox is not None:
+                inbox.num_open -= 1
                 self._engine.abort(seq.id)
                 self._stats.finished += 1
 
@@ -179,7 +193,7 @@ class SharedEngine:
             if event.token_id is not None:
                 self._stats.completion_tokens += 1
             if event.finish_reason is not None:
-                del self._inboxes[event.sequence_id]
+                self._inboxes.pop(event.sequence_id).num_open -= 1
                 self._stats.finished += 1
 
     def _check_usable(self) -> None:

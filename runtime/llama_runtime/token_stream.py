@@ -54,6 +54,8 @@ class TokenStream:
         except BaseException:
             self.close()
             raise
+        if not self._inbox:  # another thread has closed this meanwhile
+            raise StopIteration
         event = self._inbox.popleft()
         self._running -= event.finish_reason is not None
         if event.error is not None:

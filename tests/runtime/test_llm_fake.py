@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from threading import Thread
 
 import pytest
 
@@ -53,3 +54,18 @@ def test_a_process_that_did_not_load_the_model_is_refused(
             with pytest.raises(CaravanError, match="after fork: load it in the child process"):
                 use()
     assert fake_llm.generate("a", PARAMS[0])
+
+
+def test_who_waits_for_a_stream_that_another_thread_closes_is_told_its_end(fake_llm: LLM) -> None:
+    """And doesn't go on stepping an engine that has nothing to do."""
+    stream = fake_llm.stream("a", SamplingParams(max_tokens=200, ignore_eos=True))
+    assert next(stream).token_id is not None
+    for seq in stream._seqs:  # as close does, while the reader is past its look at what runs
+        fake_llm._engine.drop(seq)
+    rest: list[object] = []
+    reader = Thread(target=lambda: rest.extend(stream), daemon=True)
+    reader.start()
+    reader.join(timeout=20)
+    assert not reader.is_alive()
+    assert rest == []
+    assert fake_llm.stats().running == 0
