@@ -132,7 +132,8 @@ class Blocks(RuleBasedStateMachine):
         return (num_tokens + self.limits.block_size - 1) // self.limits.block_size
 
     def idle(self) -> list[int]:
-        return [block for block in range(self.limits.num_blocks) if not self.holders(block)]
+        held = {block for seq in self.running for block in self.cache.table(seq)}
+        return [block for block in range(self.limits.num_blocks) if block not in held]
 
     # --- what happens ---
 

@@ -1,9 +1,10 @@
 """Company changes nothing: a sequence's logits are the same bits alone and in any schedule.
 
 On the exported real model, each request of a pool first runs alone: one slot, nobody else, nothing
-reused. Then random schedules mix the requests: order of arrival, slots, token budget, longest
-chunk, neighbours, aborts, priorities, who reads along, prefixes that are reused and thrown out, and
-guesses. Every row of logits and every token must be what it was alone.
+reused. Then schedules mix all of them: random are the order and the steps of arrival, aborts and
+who reads along; slots, token budget, longest chunk and room for prefixes are chosen so that any two
+values of the last three meet. Whatever lies behind a sequence's tokens is no number. Every row of
+logits and every token must be what it was alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,15 @@ from llama_runtime.slots_engine import slots_engine
 from llama_runtime.step_batch import Step
 from llama_runtime.tokenizer import Tokenizer
 
-SCHEDULES = {1: 80, 2: 90, 4: 30}  # 200 in all, by number of threads
+NUM_SLOTS = (4, 6, 13, 3, 8, 5, 7, 2, 6)
+CHUNKS, BUDGETS, NUM_BLOCKS = (33, 64, 100), (33, 64, 128), (0, 3, 8)
+# By number of threads. In nine schedules, any two of the three settings meet in all their values;
+# in these five, each setting takes all its values.
+SCHEDULES = {1: range(9), 2: range(9), 4: (1, 3, 5, 6, 8)}
 MAX_LEN = 224
 # Borders of chunks and of the kernel's query tiles are among the lengths.
 PROMPT_LENGTHS = (1, 2, 7, 31, 32, 33, 34, 64, 65, 66, 97, 98, 129)
-MAX_TOKENS, MAX_SPECULATED = 4, 10
+MAX_TOKENS, MAX_SPECULATED = 6, 10
 
 
 @dataclass(frozen=True)
@@ -53,14 +59,24 @@ class Trace:
 
 
 class Recorded:
-    """A backend that keeps a digest of every row of logits that is sampled."""
+    """A backend that keeps a digest of every row of logits that is sampled, and who ran together.
+
+    What lies behind each sequence's tokens is made NaN before every step: whoever reads what
+    somebody else, or a wrong guess, has left there shows it.
+    """
 
     def __init__(self, backend: OrtCpu) -> None:
         self.row_multiple = backend.row_multiple
         self._backend = backend
         self.rows: dict[int, list[bytes]] = {}
+        self.neighbours: set[tuple[int, int]] = set()  # by the lengths of their prompts
 
     def run(self, step: Step) -> npt.NDArray[np.float32]:
+        for chunk in step.chunks:
+            for buffer in self._backend._cache:
+                buffer[chunk.seq.slot, :, chunk.seq.cache_len :] = np.nan
+        lengths = sorted(chunk.seq.num_prompt_tokens for chunk in step.chunks)
+        self.neighbours.update(combinations(lengths, 2))
         logits = self._backend.run(step)
         sampled = [chunk.seq.id for chunk in step.chunks for _ in range(chunk.num_sampled)]
         for sequence_id, row in zip(sampled, logits, strict=False):
@@ -131,6 +147,7 @@ class Runner:
         # Found out once, as `LLM` does when it loads.
         self.row_multiple = self._backend(num_slots=1, capacity=2).row_multiple
         self.num_guessed = self.num_right = 0
+        self.neighbours: set[tuple[int, int]] = set()
 
     def _backend(
         self, num_slots: int, capacity: int, row_multiple: int | None = None, num_blocks: int = 0
@@ -152,6 +169,7 @@ class Runner:
         chunk: int,
         choose: random.Random,
         num_blocks: int = 0,
+        share_streamed: float = 0.5,
     ) -> tuple[list[Trace], int]:
         """The trace of each request, and how many were aborted on the way."""
         capacity = cache_capacity(MAX_LEN, chunk)
@@ -171,8 +189,8 @@ class Runner:
         waiting = list(requests)
         sequences, num_aborted = [], 0
         while waiting or engine.has_work:
-            arrivals = choose.choice([0, 1, 1, 2, len(waiting)]) if engine.has_work else 1
-            streamed = choose.random() < 0.5
+            arrivals = choose.choice([0, 1, 3, 5, len(waiting)]) if engine.has_work else 4
+            streamed = choose.random() < share_streamed
             sequences += [
                 engine.add(r.prompt, r.params, streamed=streamed) for r in waiting[:arrivals]
             ]
@@ -187,6 +205,7 @@ class Runner:
         counters = engine.counters()
         self.num_guessed += counters.drafted_tokens
         self.num_right += counters.accepted_tokens
+        self.neighbours |= recorded.neighbours
         traces = [
             Trace(
                 recorded.rows.get(seq.id, []),
@@ -213,28 +232,31 @@ def test_schedule_never_shows(runner: Runner) -> None:
         (trace,), _ = runner.run([request], 1, 33, 33, random.Random(0))
         assert len(trace.rows) >= len(trace.token_ids) == request.params.max_tokens
         alone.append(trace)
-    num_schedules = SCHEDULES[runner.threads]
-    with_abort = with_split = with_reuse = 0
-    for seed in range(num_schedules):
-        choose = random.Random(1000 * runner.threads + seed)
-        members = choose.sample(range(len(requests)), choose.randint(2, 5))
-        slots, chunk = choose.randint(1, 6), choose.choice([33, 64, 100])
-        budget = choose.choice([33, 64, 128])
+    schedules = SCHEDULES[runner.threads]
+    with_abort = with_reuse = 0
+    for number in schedules:
+        choose = random.Random(1000 * runner.threads + number)
+        members = choose.sample(range(len(requests)), len(requests))
+        row, column = divmod(number, 3)
         traces, num_aborted = runner.run(
-            [requests[i] for i in members], slots, budget, chunk, choose, choose.choice([0, 3, 8])
+            [requests[i] for i in members],
+            slots=NUM_SLOTS[number],
+            budget=BUDGETS[column],
+            chunk=CHUNKS[row],
+            choose=choose,
+            num_blocks=NUM_BLOCKS[(row + column) % 3],
+            share_streamed=0.5 * (number % 2),
         )
         with_abort += num_aborted > 0
-        longest = min(chunk, budget)
-        with_split += any(96 < len(requests[i].prompt) > longest for i in members)
         with_reuse += any(trace.num_reused for trace in traces)
         for i, trace in zip(members, traces, strict=True):
-            where = f"schedule {seed}, prompt of {len(requests[i].prompt)} tokens"
+            where = f"schedule {number}, prompt of {len(requests[i].prompt)} tokens"
             assert trace.rows == alone[i].rows[: len(trace.rows)], where
             assert trace.token_ids == alone[i].token_ids[: len(trace.token_ids)], where
             assert trace.logprobs == alone[i].logprobs[: len(trace.logprobs)], where
             scored = len(trace.prompt_logprobs)
             assert trace.prompt_logprobs == alone[i].prompt_logprobs[:scored], where
-    assert with_abort >= 0.2 * num_schedules
-    assert with_split >= 0.2 * num_schedules
-    assert with_reuse >= 0.05 * num_schedules
+    assert with_abort >= 0.6 * len(schedules)
+    assert with_reuse >= 0.4 * len(schedules)
+    assert len(runner.neighbours) >= 5 * len(schedules)
     assert 0.1 * runner.num_guessed < runner.num_right < 0.9 * runner.num_guessed

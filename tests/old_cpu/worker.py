@@ -249,7 +249,7 @@ def runtime(folder: Path, runner: Runner) -> dict[str, Any]:
 
 
 def company(folder: Path, runner: Runner) -> dict[str, Any]:
-    """Each request alone, then mixed by random schedules: rows of logits with other bits."""
+    """Each request alone, then all mixed by random schedules: rows of logits with other bits."""
     requests = read_requests(folder)
     result = {"row_multiple": runner.row_multiple, "schedules": 0, "rows": 0, "other_bits": 0}
     result["one_row_steps"] = 0
@@ -260,15 +260,15 @@ def company(folder: Path, runner: Runner) -> dict[str, Any]:
         alone.append(run.rows[0])
     for seed in range(json.loads((folder / "schedules.json").read_text())):
         choose = random.Random(seed)
-        members = choose.sample(range(len(requests)), choose.randint(2, len(requests)))
+        members = choose.sample(range(len(requests)), len(requests))
 
         def arrivals(waiting: int, choose: random.Random = choose) -> int:
             return choose.choice([0, 1, 1, 2, waiting])
 
         run = runner.run(
             [requests[i] for i in members],
-            choose.randint(1, 5),
-            choose.choice([33, 64, 100]),
+            choose.randint(2, 5),
+            (64, 100, MIN_CHUNK)[seed % 3],
             arrivals,
         )
         for i, rows in zip(members, run.rows, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, ValuesView
+from collections.abc import Callable, Hashable, ItemsView
 from typing import Any, Generic, TypeVar
 
 from llama_runtime.backends.cuda_device import Device
@@ -33,9 +33,9 @@ class CapturedGraphs(Generic[Size]):
         self._graphs: OrderedDict[Size, Any] = OrderedDict()
         self._refused: set[Size] = set()
 
-    def values(self) -> ValuesView[Any]:
-        """The graphs, the one that was used last at the end."""
-        return self._graphs.values()
+    def items(self) -> ItemsView[Size, Any]:
+        """The graphs by size, the one that was used last at the end."""
+        return self._graphs.items()
 
     def launch(self, size: Size) -> bool:
         """Queue the graph of a size; False if there is none."""
