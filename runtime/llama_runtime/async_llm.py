@@ -206,8 +206,10 @@ class AsyncLLM:
         """
         use = self._encoder.tool_use(tools, tool_choice)
         source = partial(self._chat_source, use, allow_control_tokens)
-        (one,) = params_of_each(params, self.default_params, 1)
-        return self._stream(messages, source, use.hold(one), timeout)
+        params = self.default_params if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise wrong_type("params", "SamplingParams", params)
+        return self._stream(messages, source, use.hold(params), timeout)
 
     async def generate(
         self,
@@ -274,8 +276,9 @@ class AsyncLLM:
         each = params_of_each(params, self.default_params, len(several))
         source = partial(self._chat_source, use, allow_control_tokens)
         held = [use.hold(one) for one in each]
-        completions = await self._gather(several, source, held, timeout)
-        return [completion.read(use) for completion in completions]
+        with use.blamed():
+            completions = await self._gather(several, source, held, timeout)
+        return [completion.with_tool_calls(use) for completion in completions]
 
     def stats(self) -> Stats:
         """A copy of the counters, as the last step left them; it waits for none.

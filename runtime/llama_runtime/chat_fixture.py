@@ -71,7 +71,7 @@ class ChatFixture:
         """
         try:
             document = json.loads(text)
-            cases = [ChatCase(**case) for case in document["cases"]]
+            cases = [_case(**case) for case in document["cases"]]
             now = datetime.fromisoformat(document["now"])
             fixture = cls(str(document["rendered_by"]), now, cases)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -102,6 +102,21 @@ class ChatFixture:
                     f"the chat template needs more than {MAX_SECONDS:g} s for the "
                     f"{len(self.cases)} conversations of chat_fixture.json"
                 )
+
+
+def _case(
+    name: object, prompt: object, add_generation_prompt: object, **conversation: Any
+) -> ChatCase:
+    """A case whose parts are of their types; the conversation is looked at when it is rendered."""
+    if (
+        not isinstance(name, str)
+        or not isinstance(prompt, str | None)
+        or not isinstance(add_generation_prompt, bool)
+    ):
+        raise TypeError("a case has a name, a prompt or null, and whether an answer is opened")
+    return ChatCase(
+        name=name, prompt=prompt, add_generation_prompt=add_generation_prompt, **conversation
+    )
 
 
 def _render(template: ChatTemplate, case: ChatCase, now: datetime) -> str | None:

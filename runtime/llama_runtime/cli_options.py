@@ -262,7 +262,10 @@ def _text_of(param: str, path: str) -> str:
     """The text of a file, or of as much as is more than may be used."""
     try:
         with open(path, "rb") as file:
-            return file.read(MAX_CONSTRAINT_BYTES + 1).decode("utf-8")
+            data = file.read(MAX_CONSTRAINT_BYTES + 1)
+        if len(data) <= MAX_CONSTRAINT_BYTES:
+            return data.decode("utf-8")
+        problem = f"it has more than {MAX_CONSTRAINT_BYTES:,} bytes"
     except UnicodeDecodeError as error:
         problem = f"it is not UTF-8 text at byte {error.start + 1}"
     except OSError as error:

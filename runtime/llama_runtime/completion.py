@@ -83,9 +83,9 @@ class Completion:
             prompt_logprobs=seq.prompt_logprobs if seq.params.prompt_logprobs else None,
         )
 
-    def read(self, use: ToolUse) -> Completion:
+    def with_tool_calls(self, use: ToolUse) -> Completion:
         """The same, taken apart into what it says and what it calls."""
         if not use.tools:
             return self
-        answer = use.read(self.text)
+        answer = use.read(self.text, is_whole=self.finish_reason == "stop")
         return replace(self, content=answer.content, tool_calls=answer.tool_calls)

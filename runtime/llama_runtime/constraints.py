@@ -45,7 +45,9 @@ def schema_text(value: Mapping[str, object] | bool | str | None) -> str | None:
         _sized("json_schema", value)  # before megabytes are read
     try:
         schema = json.loads(value) if isinstance(value, str) else value
-        text = json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(
+            schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_as_dict
+        )
     except RecursionError:
         raise _too_deep() from None
     except (TypeError, ValueError) as error:
@@ -77,18 +79,20 @@ def grammar_text(param: str, value: str | None) -> str | None:
     return _sized(param, value)
 
 
-def choice_texts(value: object) -> tuple[str, ...]:
-    """A list of texts, one of which is the completion; empty for none.
+def choice_texts(value: object) -> tuple[str, ...] | None:
+    """A list of texts, one of which is the completion.
 
     Raises:
         RequestError: it is no such list, or too long.
     """
+    if value is None:
+        return None
     if not isinstance(value, (tuple, list)) or not all(isinstance(text, str) for text in value):
         raise _wrong("choice", f"must be a list of texts, not {value!r:.80}")
     if len(value) > MAX_CHOICES:
         raise _wrong("choice", f"has {len(value)} texts, and {MAX_CHOICES} at most")
-    if not all(value):
-        raise _wrong("choice", "holds an empty text")
+    if not value or not all(value):
+        raise _wrong("choice", "holds an empty text" if value else "is empty: leave it out")
     _sized("choice", "".join(value))
     return tuple(value)
 
@@ -113,6 +117,12 @@ def check_alone(given: Mapping[str, object], min_tokens: int, *, ignore_eos: boo
                 option,
                 f"can't be given beside {next(iter(given))}, which says where a completion ends",
             )
+
+
+def _as_dict(value: object) -> dict[str, object]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
 def _sized(param: str, text: str) -> str:

@@ -230,7 +230,7 @@ class Engine:
         due = bool(self._in_flight or self._events) or not self._runner.overlaps
         if self._refused is not None or len(self._in_flight) > self._runner.overlaps:
             return True
-        if any(step.decides for step in self._in_flight):
+        if any(step.has_grammar for step in self._in_flight):
             return True
         chunks = self._scheduler.schedule(now)
         chunks.sort(key=attrgetter("seq.kind"))
@@ -293,8 +293,8 @@ class Engine:
         """Begin one forward; nothing has changed but the cache if it raises."""
         started = self._clock()
         launched = self._runner.launch(chunks)
-        decides = any(chunk.samples and chunk.seq.matcher is not None for chunk in chunks)
-        self._in_flight.append(_InFlight(launched, chunks, [], started, decides))
+        has_grammar = any(chunk.samples and chunk.seq.matcher is not None for chunk in chunks)
+        self._in_flight.append(_InFlight(launched, chunks, [], started, has_grammar))
         for chunk in chunks:
             seq = chunk.seq
             seq.num_pending += chunk.samples
@@ -452,12 +452,12 @@ class Engine:
 class _InFlight(NamedTuple):
     """A forward on its way, whose it is, who has ended and leaves with it, and since when.
 
-    ``decides`` says whether a token of it decides which tokens a grammar allows next, so that no
-    other forward may be planned before it is known.
+    ``has_grammar`` says whether a grammar has to know a token of it to say what may come next, so
+    that no other forward may be planned before.
     """
 
     launched: Launched
     chunks: Seq[Chunk]
     leaving: list[Sequence]
     started: float
-    decides: bool
+    has_grammar: bool

@@ -74,3 +74,13 @@ def one_line(text: object, limit: int = 500) -> str:
     parts = "".join(c if c.isprintable() else "\n" for c in str(text)).split("\n")
     line = " ".join(part.strip() for part in parts if part.strip())
     return line if len(line) <= limit else f"{line[:limit]}..."
+
+
+def rust_reason(error: BaseException) -> str:
+    """What went wrong in a library written in Rust, as one line.
+
+    A panic derives from ``BaseException``, as what must be passed on does; that is raised again.
+    """
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    return one_line(error)

@@ -29,6 +29,8 @@ class GrammarVocabulary:
         bos_token_id: not used.
         tokens: the bytes of each token; the name of a control token, by which grammars call it.
         special_token_ids: which of them are control tokens.
+        size: V.
+        control_tokens: the names of those by their ids.
     """
 
     bos_token_id: int | None = None
@@ -46,6 +48,8 @@ class GrammarVocabulary:
         added = self._tokenizer.get_added_tokens_decoder()
         self.eos_token_id = eos_token_ids[0]
         self.special_token_ids = [i for i, text in enumerate(texts) if i in added and not text]
+        self.size = vocab_size
+        self.control_tokens = {i: added[i].content for i in self.special_token_ids}
         self._by_bytes = {text: i for i, text in enumerate(texts) if text}
         self._longest = max(map(len, texts))
         self.tokens = [

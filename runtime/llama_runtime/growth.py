@@ -25,7 +25,7 @@ def grow(
         if is_text:
             seq.matcher.accept(token_id)
             reason = "stop" if seq.matcher.is_complete else reason
-        else:
+        elif token_id in eos_token_ids:  # a stop token of the caller's cuts it off
             seq.matcher.end()
     may_stop = reached_min_tokens(seq)
     text = seq.detokenizer.push(token_id) if is_text else ""

@@ -42,7 +42,12 @@ class HostMasks:
             return
         num_rows = sum(chunk.num_sampled for chunk in chunks)
         masks: Masks = np.full((num_rows, self._num_words), -1, np.int32)
-        filled = self._pool.submit(self._filler.fill, rows, masks)
+        try:
+            filled = self._pool.submit(self._filler.fill, rows, masks)
+        except RuntimeError:  # the program ends, and only threads that run already go on
+            self._filler.fill(rows, masks)
+            yield masks
+            return
         try:
             yield masks
         finally:

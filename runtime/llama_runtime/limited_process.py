@@ -17,6 +17,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -105,6 +106,7 @@ class LimitedProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                bufsize=0,  # a buffer has a lock, which a fork may find held for ever
                 start_new_session=True,  # so that a terminal's Ctrl-C doesn't reach it
             )
         except OSError as error:
@@ -126,9 +128,13 @@ class LimitedProcess:
         process.wait()
 
 
+@cache
 def can_start() -> bool:
     """Whether there is an interpreter to start; a program that embeds Python may have none."""
-    return Path(sys.executable or "").name.lower().startswith(("python", "pypy"))
+    found = Path(sys.executable or "").name.lower().startswith(("python", "pypy"))
+    if not found:
+        logger.warning("no Python interpreter to start: templates and schemas run without limits")
+    return found
 
 
 def serve(answer: Callable[[bytes], bytes], *, cpu_seconds: float, memory_bytes: int) -> None:
@@ -154,14 +160,24 @@ def serve(answer: Callable[[bytes], bytes], *, cpu_seconds: float, memory_bytes:
 
 def _read_frame(file: IO[bytes]) -> bytes:
     """One message; empty at the end."""
-    size = int.from_bytes(file.read(8), "little")
-    return file.read(size)
+    size = int.from_bytes(_read(file, 8), "little")
+    return _read(file, size)
+
+
+def _read(file: IO[bytes], size: int) -> bytes:
+    """So many bytes, or what is left of them; a pipe gives them in parts."""
+    parts = []
+    while size > 0 and (part := file.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
 def _write_frame(file: IO[bytes], data: bytes) -> None:
     """Write one message and hand it over."""
-    file.write(len(data).to_bytes(8, "little"))
-    file.write(data)
+    left = memoryview(len(data).to_bytes(8, "little") + data)
+    while left:
+        left = left[file.write(left) :]
     file.flush()
 
 

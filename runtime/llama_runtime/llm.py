@@ -238,13 +238,15 @@ class LLM:
             self._encoder.encode_chat(messages, use, allow_control_tokens=allow_control_tokens)
             for messages in several
         ]
-        return [completion.read(use) for completion in self.generate(prompts, held)]
+        with use.blamed():
+            return [completion.with_tool_calls(use) for completion in self.generate(prompts, held)]
 
     def chat_prompt(
         self,
         messages: Seq[Message],
         *,
         tools: Seq[Mapping[str, object]] | None = None,
+        tool_choice: str | Mapping[str, object] | None = None,
         allow_control_tokens: bool = False,
     ) -> list[int]:
         """Token ids of a conversation, up to where the model's answer begins.
@@ -252,13 +254,14 @@ class LLM:
         Args:
             messages: as for ``chat``.
             tools: as for ``chat``.
+            tool_choice: as for ``chat``; with "none" the model isn't told of the tools.
             allow_control_tokens: as for ``chat``.
 
         Raises:
             RequestError: the bundle has no chat template, or it refuses the messages or leaves some
                 out; or the tools are wrong.
         """
-        use = self._encoder.tool_use(tools)
+        use = self._encoder.tool_use(tools, tool_choice)
         return self._encoder.encode_chat(messages, use, allow_control_tokens=allow_control_tokens)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:

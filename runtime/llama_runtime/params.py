@@ -117,7 +117,7 @@ class SamplingParams:
     prompt_logprobs: bool = False
     json_schema: Mapping[str, object] | bool | str | None = None
     regex: str | None = None
-    choice: tuple[str, ...] = ()
+    choice: tuple[str, ...] | None = None
     grammar: str | None = None
     speculation: Literal["off", "on", "auto"] = "off"
     priority: int = 0
@@ -199,7 +199,7 @@ class SamplingParams:
     @property
     def _constraints(self) -> dict[str, object]:
         given = {name: getattr(self, name) for name in KINDS}
-        return {name: value for name, value in given.items() if value not in (None, ())}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def speculates(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 
 from llama_runtime.bundle import Bundle
 from llama_runtime.chat_fixture import ChatFixture
@@ -41,6 +41,9 @@ class PromptEncoder:
         fixture = bundle.chat_fixture
         if self._template is not None and fixture is not None:
             ChatFixture.from_json(fixture).check(self._template)
+        self._has_place_for_tools = self._template is not None and has_place_for_tools(
+            lambda messages, tools: self._required().render(messages, tools=tools)
+        )
 
     @property
     def has_chat_template(self) -> bool:
@@ -82,12 +85,6 @@ class PromptEncoder:
         dialect = tool_dialect(source) if in_template and source is not None else "hermes"
         return ToolUse.of(tools, tool_choice, dialect, in_template=in_template)
 
-    @cached_property
-    def _has_place_for_tools(self) -> bool:
-        return self._template is not None and has_place_for_tools(
-            lambda messages, tools: self._required().render(messages, tools=tools)
-        )
-
     def _required(self) -> ChatTemplate:
         if self._template is None:
             raise RequestError(
@@ -117,6 +114,11 @@ class PromptEncoder:
             RequestError: the bundle has no chat template, or it refuses the messages or leaves some
                 of them out.
         """
+        if not isinstance(allow_control_tokens, bool):  # "no" would be true
+            raise RequestError(
+                f"allow_control_tokens must be true or false, not {allow_control_tokens!r:.80}",
+                param="allow_control_tokens",
+            )
         template = self._required()
         conversation = (use or self.tool_use()).conversation(messages)
         render = partial(template.render_conversation, add_generation_prompt=add_generation_prompt)

@@ -19,6 +19,7 @@ _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSc
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _SINGLES = ("items", "additionalItems", "additionalProperties", "contains", "propertyNames")
 _VALUES = ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+MAX_BRANCHES = 64  # of a oneOf that is looked at
 _MOST_REFERENCES = 100  # one after the other, which circles have more of
 
 
@@ -42,12 +43,14 @@ def kept_schema(schema: Schema) -> Schema:
 def _kept(value: Any, root: Schema) -> Any:
     if not isinstance(value, dict):
         return value
-    _check(value)
+    _check(value, root)
     schema = {key: _kept_part(key, part, root) for key, part in value.items()}
     branches = schema.get("oneOf")
     if isinstance(branches, list) and "anyOf" not in schema and _exclude(branches, root):
         schema["anyOf"] = schema.pop("oneOf")
         schema.pop("discriminator", None)  # OpenAPI's name for the property that tells them apart
+    if schema.get("uniqueItems") is False:  # which generators write, and which asks for nothing
+        del schema["uniqueItems"]
     return schema
 
 
@@ -61,13 +64,16 @@ def _kept_part(key: str, part: Any, root: Schema) -> Any:
     return part
 
 
-def _check(schema: Schema) -> None:
+def _check(schema: Schema, root: Schema) -> None:
     if "x-guidance" in schema:
         raise BrokenRuleError("x-guidance is no keyword of JSON Schema")
     for key in _VALUES:
         for number in _numbers(schema.get(key)):
             if abs(number) > EXACT:
                 raise BrokenRuleError(f"{key} holds a number beyond 2^53, which would be rounded")
+    for key in ("exclusiveMinimum", "exclusiveMaximum"):
+        if isinstance(schema.get(key), bool) and "draft-04" not in str(root.get("$schema")):
+            raise BrokenRuleError(f"{key} must be a number, unless $schema says draft-04")
     fewest, required = schema.get("minProperties", 0), schema.get("required", [])
     if (
         isinstance(fewest, int)
@@ -90,8 +96,11 @@ def _numbers(value: Any) -> Iterator[int | float]:
 
 def _exclude(branches: list[Any], root: Schema) -> bool:
     """Whether it can be seen that no value satisfies two of them."""
+    if len(branches) > MAX_BRANCHES:  # each is compared with each
+        return False
     resolved = [_resolved(branch, root) for branch in branches]
-    return all(_are_apart(one, other) for one, other in combinations(resolved, 2))
+    known = [(_types(schema), _tags(schema)) for schema in resolved]
+    return all(_are_apart(one, other) for one, other in combinations(known, 2))
 
 
 def _resolved(branch: Any, root: Schema) -> Schema:
@@ -110,14 +119,16 @@ def _resolved(branch: Any, root: Schema) -> Schema:
     return {}
 
 
-def _are_apart(one: Schema, other: Schema) -> bool:
+Known = tuple[set[str], dict[str, set[tuple[str, Any]]]]  # the types of a schema, and its tags
+
+
+def _are_apart(one: Known, other: Known) -> bool:
     """Whether two schemas differ in their types, or in what a property that both need must be."""
-    types, others = _types(one), _types(other)
-    if types and others and types.isdisjoint(others):
+    (types, tags), (other_types, other_tags) = one, other
+    if types and other_types and types.isdisjoint(other_types):
         return True
-    if not types == others == {"object"}:
+    if not types == other_types == {"object"}:
         return False
-    tags, other_tags = _tags(one), _tags(other)
     return any(tags[name].isdisjoint(other_tags[name]) for name in tags.keys() & other_tags.keys())
 
 

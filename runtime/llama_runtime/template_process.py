@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from datetime import datetime
 
 from llama_runtime.limited_process import LimitedProcess, can_start
 from llama_runtime.template_renderer import Answer, answer
-
-logger = logging.getLogger(__name__)
 
 
 def ask(
@@ -36,7 +33,6 @@ def ask(
     time = None if now is None else now.isoformat()
     request = json.dumps({"source": source, "variables": variables, "now": time}).encode()
     if not can_start():
-        logger.warning("no Python interpreter to start: templates are rendered without limits")
         return answer(request)
     reply = _renderer.ask(request)
     if reply is None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_runtime.control_tokens import ControlTokens
-from llama_runtime.errors import BundleError, RequestError, one_line
+from llama_runtime.errors import BundleError, RequestError, rust_reason
 from llama_runtime.shadow_tokenizer import ShadowTokenizer
 from llama_runtime.token_bytes import TokenBytes
 from llama_runtime.tokenizer_file import read_tokenizer
@@ -44,7 +44,8 @@ class Tokenizer:
         try:
             self._backend = Backend.from_buffer(data)
         except BaseException as error:
-            raise BundleError(f"{path} can't be read as a tokenizer: {_reason(error)}") from error
+            reason = rust_reason(error)
+            raise BundleError(f"{path} can't be read as a tokenizer: {reason}") from error
         # A tokenizer saved by a training script may cut or pad every text that it encodes.
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -148,18 +149,8 @@ def _encoding(param: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        message = f"the tokenizer can't encode the {param}: {_reason(error)}"
+        message = f"the tokenizer can't encode the {param}: {rust_reason(error)}"
         raise RequestError(message, param=param) from error
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong in the library, which raises nothing more exact than ``Exception``.
-
-    A panic of Rust derives from ``BaseException``, as what must be passed on does.
-    """
-    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-        raise error
-    return one_line(error)
 
 
 def _check_text(text: str, name: str, *, param: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,9 +11,11 @@ from llama_runtime.conversation import Conversation
 from llama_runtime.errors import RequestError
 from llama_runtime.params import SamplingParams
 from llama_runtime.tool_calls import ParsedAnswer, parse_tool_calls
-from llama_runtime.tool_grammar import tool_grammar
+from llama_runtime.tool_grammar import rule_index, tool_grammar
 from llama_runtime.tool_messages import normalise_tool_messages, with_tools_in_system
 from llama_runtime.tools import Tool, ToolDialect, check_tool_choice, check_tools
+
+_PLACE = re.compile(r"at (\d+)\(")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,16 @@ class ToolUse:
                 "call, which holds the completion too",
                 param=params.constraint.kind,
             )
+        for name, is_set in (
+            ("min_tokens", params.min_tokens > 0),
+            ("ignore_eos", params.ignore_eos),
+        ):
+            if is_set:
+                raise RequestError(
+                    f"{name} can't be given beside a tool_choice that asks for a call, which says "
+                    "where a completion ends",
+                    param=name,
+                )
         with self.blamed():
             return replace(params, grammar=grammar)
 
@@ -88,8 +101,21 @@ class ToolUse:
         except RequestError as error:
             if error.param != "grammar" or self.choice in ("auto", "none"):
                 raise
-            raise RequestError(f"tools can't be enforced: {error}", param="tools") from error
+            raise RequestError(f"{self._culprit(error)}: {error}", param="tools") from error
 
-    def read(self, text: str) -> ParsedAnswer:
-        """Take an answer apart into what it says and what it calls."""
-        return parse_tool_calls(text, self.dialect, self.tools)
+    def _culprit(self, error: RequestError) -> str:
+        """Which tool's rule it is, where the error names its place."""
+        place = _PLACE.search(str(error))
+        allowed = check_tool_choice(self.choice, self.tools)
+        index = None if place is None else rule_index(int(place[1]))
+        if index is None or index >= len(allowed):
+            return "the parameters of the tools can't be enforced"
+        return f"the parameters of the tool {allowed[index].name!r} can't be enforced"
+
+    def read(self, text: str, *, is_whole: bool) -> ParsedAnswer:
+        """Take an answer apart into what it says and what it calls.
+
+        One that was cut off calls nothing: its last call may lack what belongs to it.
+        """
+        tools = self.tools if is_whole else ()
+        return parse_tool_calls(text, self.dialect, tools)

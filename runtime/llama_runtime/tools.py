@@ -83,7 +83,7 @@ def check_tool_choice(tool_choice: object, tools: Sequence[Tool]) -> tuple[Tool,
     """The tools that a choice allows.
 
     Args:
-        tool_choice: "auto" (the model decides), "none" (no call), "required" (at least one call),
+        tool_choice: "auto" (the model decides), "none" (no call), "required" (one call),
             or ``{"type": "function", "function": {"name": ...}}`` (a call of that tool).
         tools: what ``check_tools`` returned; empty where there are none.
 

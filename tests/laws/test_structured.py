@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llama_runtime.backends.fake import Fake
@@ -21,7 +22,7 @@ from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
 from llama_runtime.errors import RequestError
 from llama_runtime.events import TokenEvent
-from llama_runtime.grammars import GrammarCompiler
+from llama_runtime.grammars import GrammarCompiler, MaskFiller, Masks, Matcher, mask_words
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import Sequence
 from llama_runtime.slots_engine import slots_engine
@@ -214,6 +215,43 @@ def test_a_grammar_that_is_too_much_ends_its_own_completion(
     assert last.error.param == "regex"
     assert (free.finish_reason, free.num_completion_tokens) == ("length", 20)
     assert engine.failure is None
+
+
+def test_what_is_too_much_for_one_completion_harms_no_other_of_its_grammar(
+    grammars: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one that only guessed it: states of a grammar share what its limits are counted by."""
+    monkeypatch.setattr("llama_runtime.grammars.STEP_LEXER_FUEL", 300)
+    small = GrammarCompiler(grammars._path, VOCAB_SIZE, END_TOKENS)
+    constraint = SamplingParams(regex="(ab){3,9}x(.{1,30}[a-z]{3,20}){1,9}end").constraint
+    assert constraint is not None
+    token_ids = [byte_level_tokenizer().token_to_id(letter) or 0 for letter in "abababxabcabc"]
+    masks: Masks = np.full((20, mask_words(VOCAB_SIZE)), -1, np.int32)
+    filler = MaskFiller(1)
+
+    def goes(matcher: Matcher) -> None:
+        for token_id in token_ids[:6]:
+            filler.fill([(0, matcher, ())], masks)
+            matcher.accept(token_id)
+
+    before, guesses = small.matcher(constraint), small.matcher(constraint)
+    filler.fill([(0, guesses, token_ids)], masks)
+    broken = before.state.deep_copy()
+    broken.compute_bitmask()
+    assert not broken.consume_token(token_ids[0])  # or there is nothing to prove
+    for matcher in (before, guesses, small.matcher(constraint)):
+        goes(matcher)
+    assert guesses.is_complete is False
+
+
+def test_masks_are_there_when_no_thread_can_begin_any_more(grammars: GrammarCompiler) -> None:
+    """As in a thread that goes on while the program ends."""
+    engine, events = slots(grammars), list[TokenEvent]()
+    runner: Any = engine._runner
+    runner._masks._pool.shutdown()
+    seq = engine.add([1], SamplingParams(max_tokens=9, choice=("red",)))
+    finished(engine, events)
+    assert told(seq, events)[1:3] == ("red", "stop")
 
 
 def test_an_engine_without_a_tokenizer_says_so() -> None:

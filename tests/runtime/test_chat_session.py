@@ -79,6 +79,7 @@ class Entries:
 
     def __init__(self, entries: Seq[str | type[BaseException]], *, interactive: bool) -> None:
         self.interactive = interactive
+        self.interrupted = False
         self._entries = [*entries, EOFError]
 
     async def read(self) -> str:

@@ -219,6 +219,15 @@ WRONG_USES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         lambda f: ["generate", "a", "--grammar", bad_file(b"\xff")(f)[1]],
         "bad.txt can't be read: it is not UTF-8 text at byte 1",
     ),
+    "a large schema": (
+        lambda f: [
+            "generate",
+            "a",
+            "--json-schema",
+            bad_file("\N{SNOWMAN}".encode() * 2**16)(f)[1],
+        ],
+        "bad.txt can't be read: it has more than 65,536 bytes",
+    ),
     "an expression that is none": (
         lambda _: ["generate", "a", "--regex", "("],
         "regex can't be used",

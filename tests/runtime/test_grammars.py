@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
@@ -126,8 +127,8 @@ def vocabulary(
 def test_a_token_is_the_bytes_that_the_detokenizer_writes(vocabulary: Vocabulary) -> None:
     assert vocabulary.size > len(vocabulary.table)  # as models pad their embedding
     vocabulary.compiler.prepare(SamplingParams(regex="a").constraint)
-    tokenizer = vocabulary.compiler._tokenizer
-    assert tokenizer is not None
+    assert vocabulary.compiler._opened is not None
+    _, tokenizer = vocabulary.compiler._opened
     assert tokenizer.vocab_size == vocabulary.size
     for token_id in range(len(vocabulary.table)):
         written = vocabulary.table.bytes_of(token_id)
@@ -294,9 +295,10 @@ def test_copies_of_one_grammar_go_their_own_ways(vocabulary: Vocabulary) -> None
         ({"json_schema": {"enum": []}}, "[Uu]nsatisfiable"),
         ({"json_schema": {"type": "string", "pattern": "["}}, "regex"),
         ({"json_schema": {"allOf": [{"type": "string"}, {"type": "null"}]}}, "[Uu]nsatisfiable"),
-        ({"json_schema": {"$ref": "#"}}, "."),
+        ({"json_schema": {"$ref": "#"}}, "nothing satisfies it"),
+        ({"grammar": '{"grammars": [{"json_schema": {"type": "integer"}}]}'}, "."),
         ({"json_schema": {"minimum": 10**400}}, "2.53"),
-        ({"json_schema": {"type": "number", "multipleOf": 1_000_003}}, "more than 1 s or 512 MB"),
+        ({"json_schema": {"type": "number", "multipleOf": 1_000_003}}, "more than 1 s, 512 MB or"),
     ],
 )
 def test_what_does_not_compile_is_refused_by_name(
@@ -307,6 +309,45 @@ def test_what_does_not_compile_is_refused_by_name(
     assert refusal.value.param in held
     assert str(refusal.value).startswith(f"{refusal.value.param} can't be used: ")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("token", ["<|begin|>", "<[300]>", "<|nobody|>"])
+def test_a_grammar_that_names_a_control_token_is_looked_at_all_the_same(
+    vocabulary: Vocabulary, token: str
+) -> None:
+    """What isn't in the vocabulary of the look would be refused there before it was compiled."""
+    schema = '{"type": "integer", "multipleOf": 30000001}'
+    started = time.monotonic()
+    with pytest.raises(RequestError, match=r"^grammar can't be used"):
+        vocabulary.matcher(grammar=f"start: {token} number\nnumber: %json {schema}")
+    rules = "\n".join(f"r{i}: r{i + 1} r{i + 1}" for i in range(3000))
+    with pytest.raises(RequestError, match=r"^grammar can't be used"):
+        vocabulary.matcher(grammar=f'start: {token} r0\n{rules}\nr3000: "a"')
+    assert time.monotonic() - started < 10
+
+
+def test_control_tokens_may_be_named(vocabulary: Vocabulary) -> None:
+    matcher = vocabulary.matcher(grammar=f'start: "a" {CONTROL[1]} "b"')
+    matcher.accept(vocabulary.id_of("a"))
+    assert vocabulary.allowed(matcher) == [vocabulary.id_of(CONTROL[1])]
+
+
+def test_a_vocabulary_that_grammars_cannot_use_is_an_error_of_the_request(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken("x" * 5000, special=False)])
+    vocabulary = Vocabulary(tokenizer, tmp_path)
+    with pytest.raises(RequestError, match="the vocabulary can't be read for grammars"):
+        vocabulary.matcher(regex="a")
+    ends = [*vocabulary.ends, 10**6]  # which the model can't have
+    GrammarCompiler(Path(write(byte_level(), tmp_path)), vocabulary.size, ends).prepare(
+        SamplingParams(regex="a").constraint
+    )
+
+
+def write(tokenizer: Tokenizer, folder: Path) -> Path:
+    path = folder / "other.json"
+    tokenizer.save(str(path))
+    return path
 
 
 def test_a_bundle_without_an_end_token_says_so(tmp_path: Path) -> None:

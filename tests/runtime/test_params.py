@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import struct
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -45,7 +46,7 @@ IN_RANGE: dict[str, list[Any]] = {
     "prompt_logprobs": [True, False],
     "json_schema": [None, True, {}, {"type": "string"}, '{"type": "string"}', "true", " {} "],
     "regex": [None, "a", "x" * 2**16, "\N{SNOWMAN}"],
-    "choice": [(), [], ["a"], ("a", "b"), ["x" * 64] * 1024],
+    "choice": [None, ["a"], ("a", "b"), ["x" * 64] * 1024],
     "grammar": [None, "start: /a/"],
     "speculation": ["off", "on", "auto"],
     "priority": [-100, 0, 100],
@@ -86,7 +87,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
         {"a": nested(64)},
     ],
     "regex": [5, "", b"a", ["a"], "x" * (2**16 + 1), "\ud800"],
-    "choice": [None, "a", 5, [5], [""], ["a", ""], ["a"] * 1025, ["x" * 2**16, "a"], ["\ud800"]],
+    "choice": [[], (), "a", 5, [5], [""], ["a", ""], ["a"] * 1025, ["x" * 2**16, "a"], ["\ud800"]],
     "grammar": [5, "", b"a", "x" * (2**16 + 1), "\ud800"],
     "speculation": [None, True, "", "On", 1],
     "priority": [-101, 101, 0.5, True, NAN, "1", None],
@@ -117,7 +118,7 @@ def test_values_in_range_are_taken(name: str, value: Any) -> None:
         expected = frozenset(value)
     if name == "stop":
         expected = (value,) if isinstance(value, str) else tuple(value)
-    if name == "choice":
+    if name == "choice" and value is not None:
         expected = tuple(value)
     if name == "json_schema" and value is not None:
         schema = json.loads(value) if isinstance(value, str) else value
@@ -205,6 +206,11 @@ def test_a_completion_is_held_to_one_thing() -> None:
         with pytest.raises(RequestError, match=r"beside regex.*says where") as caught:
             SamplingParams(**options)
         assert caught.value.param == name
+
+
+def test_a_schema_may_be_any_mapping() -> None:
+    schema: Any = MappingProxyType({"properties": MappingProxyType({"a": MappingProxyType({})})})
+    assert SamplingParams(json_schema=schema).json_schema == '{"properties":{"a":{}}}'
 
 
 def test_a_schema_is_kept_as_text_that_nobody_changes() -> None:

@@ -179,17 +179,6 @@ def test_a_named_tool_is_the_one_that_is_called(
         assert check(text, dialect, TOOLS) == [name]
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_parallel_lets_calls_follow_each_other(
-    tokenizer: llguidance.LLTokenizer, dialect: ToolDialect
-) -> None:
-    texts = Walks(tokenizer, tool_grammar(TOOLS, "required", dialect, parallel=True)).texts(40)
-    assert len(texts) >= 20
-    counts = {len(check(text, dialect, TOOLS)) for text in texts}
-    assert 1 in counts
-    assert max(counts) >= 2
-
-
 def accepts(tokenizer: llguidance.LLTokenizer, grammar: str | None, text: str) -> bool:
     assert grammar is not None
     matcher = llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_lark(grammar))
@@ -228,13 +217,21 @@ def test_arguments_that_the_schema_allows_by_other_means_stay_allowed(
         assert accepts(tokenizer, grammar, f"<tool_call>\n{call}\n</tool_call>"), schema
 
 
-def test_a_schema_cannot_change_how_it_is_read(tokenizer: llguidance.LLTokenizer) -> None:
-    schema = {"not": {"required": ["x"]}, "x-guidance": {"lenient": True}}
-    grammar = tool_grammar(tools_of(t=schema), "required", "hermes")
-    assert grammar is not None
-    source = llguidance.LLMatcher.grammar_from_lark(grammar)
-    matcher = llguidance.LLMatcher(tokenizer, source, log_level=0)
-    assert "not" in matcher.get_error()
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ({"x-guidance": {"lenient": True}}, "x-guidance"),
+        ({"properties": {"a": {"items": {"x-guidance": {"item_separator": ";"}}}}}, "x-guidance"),
+        ({"properties": {"a": {"const": 2**53 + 7}}}, "const"),
+        ({"additionalProperties": True, "minProperties": 3}, "minProperties"),
+    ],
+)
+def test_rules_that_would_not_be_kept_are_refused_by_the_name_of_the_tool(
+    rule: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RequestError, match=f"the tool 't' can't be enforced: {said}") as refusal:
+        tool_grammar(tools_of(t=rule), "required", "hermes")
+    assert refusal.value.param == "tools"
 
 
 def test_nobody_is_bound_where_the_model_decides() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from llama_runtime.llm import LLM
+from llama_runtime.params import SamplingParams
 from tests.structured.answers import ask
 from tests.structured.schemas import SCHEMAS
 
@@ -43,3 +46,26 @@ def test_answers_are_valid_and_neighbours_unchanged(real_bundle: Path) -> None:
         answers = ask(llm, schemas, [0.8], MAX_TOKENS)
     assert answers.complaints == []
     assert answers.finished > len(schemas) / 3
+
+
+def test_a_call_that_is_asked_for_is_made_and_its_result_is_read(real_bundle: Path) -> None:
+    """The program of docs/tools.md."""
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 40}},
+        "required": ["city"],
+    }
+    function = {"name": "get_weather", "description": "The weather.", "parameters": parameters}
+    tools = [{"type": "function", "function": function}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "How warm is it in Oslo?"}]
+    params = SamplingParams(max_tokens=48)
+    with LLM(real_bundle, max_batch=1, max_len=512) as llm:
+        (asked,) = llm.chat(messages, params, tools=tools, tool_choice="required")
+        (call,) = asked.tool_calls
+        assert call.name == "get_weather"
+        assert json.loads(call.arguments)["city"]
+        messages.append({"role": "assistant", "tool_calls": [call.as_dict()]})
+        result = {"role": "tool", "tool_call_id": call.id, "content": '{"celsius": 3}'}
+        (answer,) = llm.chat([*messages, result], params, tools=tools)
+    assert answer.tool_calls == ()
+    assert "3" in (answer.content or "")

@@ -76,7 +76,8 @@ class Walker:
                 return Walk(self._tokenizer.decode(token_ids), len(token_ids) + 1, True)
             matcher.accept(token_id)
             token_ids.append(token_id)
-        matcher.end()
+        if matcher.is_complete:
+            matcher.end()  # which raises if it is so because of an error
         return Walk(self._tokenizer.decode(token_ids), len(token_ids), matcher.is_complete)
 
     def _draw(self, matcher: Any, rng: np.random.Generator) -> int:

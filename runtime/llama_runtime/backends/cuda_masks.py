@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -26,22 +27,25 @@ class CudaMasks:
         max_rows: the most rows that are sampled in a step.
 
     Attributes:
-        address: of uint32 [max_rows, ceil(V / 32)] on the device.
+        address: of uint32 [max_rows, ceil(V / 32)] on the device; 0 until a step has a grammar.
     """
 
     def __init__(self, device: Device, vocab_size: int, max_rows: int) -> None:
         self._device = device
         self._filler = MaskFiller(min(default_threads(), MAX_THREADS))
-        num_words = mask_words(vocab_size)
-        size = 4 * num_words * max_rows
-        self.address = device.allocate(size, zero=False)
-        self._masks: Masks = device.pinned(size)[:size].view(np.int32).reshape(-1, num_words)
+        self._shape = max_rows, mask_words(vocab_size)
+        self._masks: Masks = np.zeros((0, 0), np.int32)
+        self.address = 0
 
     def queue(self, chunks: Seq[Chunk]) -> None:
         """Compute the masks of a step whose graph has been queued, and queue their upload."""
         rows = grammar_rows(chunks)
         if not rows:
             return
+        if not self.address:
+            size = 4 * math.prod(self._shape)
+            self._masks = self._device.pinned(size)[:size].view(np.int32).reshape(self._shape)
+            self.address = self._device.allocate(size, zero=False)
         first, last = rows[0][0], rows[-1][0]
         self._masks[first : last + 1] = -1
         self._filler.fill(rows, self._masks)

@@ -65,6 +65,12 @@ def changed(params: SamplingParams, name: str, text: str) -> SamplingParams:
     Raises:
         RequestError: there is no such parameter, or the value is none that it takes.
     """
+    if name in GIVEN_AT_START:
+        option = "--" + name.replace("_", "-")
+        raise RequestError(
+            f"{name} is given when the chat begins, as {option}; /set has {', '.join(SETTABLE)}",
+            param="name",
+        )
     if name not in _READERS:
         raise RequestError(
             f"there is no parameter {one_line(name, 40)!r} to set; there are {', '.join(SETTABLE)}",

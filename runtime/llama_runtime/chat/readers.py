@@ -26,6 +26,10 @@ class Reader(Protocol):
     def interactive(self) -> bool:
         """Whether somebody is there who can react."""
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C was typed right behind the last entry."""
+
     async def read(self) -> str:
         """The next entry, of one line or several.
 
@@ -45,6 +49,7 @@ class PromptReader:
     """
 
     interactive = True
+    interrupted = False
 
     def __init__(self, source: Input | None = None, output: Output | None = None) -> None:
         from prompt_toolkit import PromptSession
@@ -66,7 +71,21 @@ class PromptReader:
 
     async def read(self) -> str:
         """See ``Reader.read``."""
-        return await self._session.prompt_async()
+        self.interrupted = False
+        text = await self._session.prompt_async()
+        self.interrupted = self._takes_ctrl_c()
+        return text
+
+    def _takes_ctrl_c(self) -> bool:
+        """Whether Ctrl-C came before keys were signals again; other keys are for the next entry."""
+        from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
+        from prompt_toolkit.keys import Keys
+
+        source = self._session.app.input
+        with source.raw_mode():  # else what was typed in it can't be read
+            presses = [*get_typeahead(source), *source.read_keys(), *source.flush_keys()]
+        store_typeahead(source, [press for press in presses if press.key != Keys.ControlC])
+        return any(press.key == Keys.ControlC for press in presses)
 
 
 def _key_bindings() -> KeyBindings:
@@ -110,6 +129,8 @@ class LineReader:
         interactive: whether it is a terminal, which is asked with a prompt on standard error.
     """
 
+    interrupted = False  # there Ctrl-C is a signal at any time
+
     def __init__(self, file: BinaryIO, *, interactive: bool) -> None:
         self.interactive = interactive
         self._file = file
@@ -126,8 +147,13 @@ class LineReader:
             ) from None
         if text.startswith('"""'):
             return text
-        while text.endswith("\\"):
-            text = text.removesuffix("\\") + "\n" + self._line(_CONTINUATION)
+        try:
+            while text.endswith("\\"):
+                text = text.removesuffix("\\") + "\n" + self._line(_CONTINUATION)
+        except EOFError:
+            raise RequestError(
+                "the input ends in a backslash, after which a line goes on", param="message"
+            ) from None
         return text
 
     def _line(self, prompt: str) -> str:

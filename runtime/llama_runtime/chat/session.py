@@ -60,6 +60,7 @@ class Session:
             self._pressed = False
             try:
                 entry = parse(await self._reader.read())
+                self._pressed |= self._reader.interrupted
                 warned = False
                 if isinstance(entry, Command) and entry.name == "exit":
                     return 0
