@@ -21,6 +21,7 @@ Json = Any
 HOSTILE: dict[str, Change] = {}
 MANIFEST, WEIGHTS, GRAPH = "manifest.json", "model.safetensors", "decoder.onnx"
 TOKENIZER, TEMPLATE, CONFIG = "tokenizer.json", "chat_template.jinja", "generation_config.json"
+FIXTURE = "chat_fixture.json"
 
 
 def hostile(name: str, *, rehash: bool = False) -> Callable[[Change], Change]:
@@ -354,7 +355,12 @@ in_tokenizer(
 
 
 def template(name: str, source: str) -> None:
-    written(f"template: {name}", TEMPLATE, source.encode())
+    """Without the fixture, by which the bundle would be refused before anything is rendered."""
+
+    @hostile(f"template: {name}", rehash=True)
+    def change(root: Path) -> None:
+        (root / TEMPLATE).write_bytes(source.encode())
+        (root / FIXTURE).unlink()
 
 
 def _growing(use: str, levels: int = 26) -> str:
@@ -403,6 +409,35 @@ template("Python", "{{ messages.__class__.__mro__[1].__subclasses__() }}")
 template("refuses everything, over many lines", "{{ raise_exception('no\\n\\x1b[2Jno\\nno') }}")
 template("more tokens than fit the model", "{{ 'a' * 5000 }}")
 template("no text", "{# nothing #}")
+
+# --- chat_fixture.json --------------------------------------------------------------------------
+
+
+def fixture(name: str, change: Callable[[Json], object]) -> None:
+    @hostile(f"fixture: {name}", rehash=True)
+    def apply(root: Path) -> None:
+        edit(root, change, FIXTURE)
+
+
+def _first_case(part: str, value: Json) -> Callable[[Json], None]:
+    def change(found: Json) -> None:
+        found["cases"][0][part] = value
+
+    return change
+
+
+written("fixture: empty", FIXTURE, b"")
+written("fixture: 10^5 lists", FIXTURE, b"[" * 10**5)
+written("fixture: 5 MB", FIXTURE, b" " * 5_000_000)
+written("fixture: of another template", TEMPLATE, b"{{ messages[0].content }}")
+fixture("no cases", lambda found: found.pop("cases"))
+fixture("10^4 cases", lambda found: found.update(cases=found["cases"] * 1000))
+WRONG: list[Json] = [5, [], {"a": 1}]
+for value in WRONG:
+    for part in ("prompt", "name", "messages", "add_generation_prompt"):
+        fixture(f"{part} {value!r}", _first_case(part, value))
+fixture("a key too many", _first_case("more", 1))
+fixture("another time", lambda found: found.update(now="never"))
 
 # --- decoder.onnx --------------------------------------------------------------------------------
 
