@@ -245,7 +245,7 @@ def _sampler(vocab_size: int, dtype: str, deviation: float, num_rows: int = 256)
         seq = Sequence(i, [1, 2, 3, i], 4, params, i * 7919, None, sample=i % 3)  # type: ignore[arg-type]
         seq.slot = i
         if i % 7 == 0:
-            seq.matcher = Matcher(None, None)  # type: ignore[arg-type]  # the mask is made here
+            seq.matcher = Matcher(None, None, None)  # type: ignore[arg-type]  # masks are given
         rows[i] = row_of(seq, vocab_size)
         seqs.append(seq)
     kernels.prepare(seqs)

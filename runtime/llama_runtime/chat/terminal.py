@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -36,6 +35,11 @@ def on_ctrl_c(act: Callable[[], object]) -> Iterator[None]:
 @contextmanager
 def restored() -> Iterator[None]:
     """Leave the terminal of standard input as it was, also where a signal ends the process."""
+    if sys.platform == "win32":  # whose consoles have no such state
+        yield
+        return
+    import termios
+
     before = termios.tcgetattr(sys.stdin.fileno())
 
     def restore() -> str:
@@ -51,9 +55,11 @@ def restored() -> Iterator[None]:
 @contextmanager
 def without_echo() -> Iterator[None]:
     """What is typed within the block doesn't tear the text that comes; the next prompt gets it."""
-    if not sys.stdin.isatty():
+    if sys.platform == "win32" or not sys.stdin.isatty():
         yield
         return
+    import termios
+
     number = sys.stdin.fileno()
     before = termios.tcgetattr(number)
     silent = [*before]
