@@ -35,37 +35,37 @@ def on_ctrl_c(act: Callable[[], object]) -> Iterator[None]:
 @contextmanager
 def restored() -> Iterator[None]:
     """Leave the terminal of standard input as it was, also where a signal ends the process."""
-    if sys.platform == "win32":  # whose consoles have no such state
-        yield
-        return
-    import termios
+    if sys.platform != "win32":
+        import termios
 
-    before = termios.tcgetattr(sys.stdin.fileno())
+        before = termios.tcgetattr(sys.stdin.fileno())
 
-    def restore() -> str:
-        termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, before)
-        if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-            os.write(sys.stdout.fileno(), _RESET)
-        return "interrupted"
+        def restore() -> str:
+            termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, before)
+            if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+                os.write(sys.stdout.fileno(), _RESET)
+            return "interrupted"
 
-    with last_act(restore):
+        with last_act(restore):
+            yield
+    else:  # whose consoles have no such state
         yield
 
 
 @contextmanager
 def without_echo() -> Iterator[None]:
     """What is typed within the block doesn't tear the text that comes; the next prompt gets it."""
-    if sys.platform == "win32" or not sys.stdin.isatty():
-        yield
-        return
-    import termios
+    if sys.platform != "win32" and sys.stdin.isatty():
+        import termios
 
-    number = sys.stdin.fileno()
-    before = termios.tcgetattr(number)
-    silent = [*before]
-    silent[3] &= ~termios.ECHO
-    termios.tcsetattr(number, termios.TCSANOW, silent)
-    try:
+        number = sys.stdin.fileno()
+        before = termios.tcgetattr(number)
+        silent = [*before]
+        silent[3] &= ~termios.ECHO
+        termios.tcsetattr(number, termios.TCSANOW, silent)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(number, termios.TCSANOW, before)
+    else:
         yield
-    finally:
-        termios.tcsetattr(number, termios.TCSANOW, before)
