@@ -82,6 +82,23 @@ def test_ctrl_c_stops_an_answer_and_two_at_the_prompt_end_the_chat(env: dict[str
         assert "Traceback" not in terminal.shows()
 
 
+def test_ctrl_c_right_behind_a_message_stops_its_answer_and_nothing_else(
+    env: dict[str, str],
+) -> None:
+    """Both come in one read, before the terminal makes a signal of the key again."""
+    with PseudoTerminal(command("--ignore-eos", "--max-len", 500, *LETTERS), env) as terminal:
+        wait_for_prompt(terminal)
+        terminal.press("one\r\x03")
+        terminal.wait_for("[stopped]")
+        wait_for_prompt(terminal)
+        terminal.press("two\r\x03\x03\x03")
+        terminal.wait(lambda: terminal.shows().count("[stopped]") == 2, "another end")
+        wait_for_prompt(terminal)
+        assert "ends the chat" not in terminal.shows()
+        terminal.press("\x04")
+        assert terminal.status() == 0
+
+
 def test_history_paste_and_a_screen_that_changes_its_size(env: dict[str, str]) -> None:
     args = command("--max-tokens", 5, *LETTERS, seconds=0)
     with PseudoTerminal(args, env, columns=40, lines=12) as terminal:
