@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from llama_runtime.errors import RequestError
-from llama_runtime.json_values import is_deeper
+from llama_runtime.json_values import as_dict, is_deeper
 
 KINDS = ("json_schema", "regex", "choice", "grammar")
 MAX_CONSTRAINT_BYTES = 2**16
@@ -46,7 +46,7 @@ def schema_text(value: Mapping[str, object] | bool | str | None) -> str | None:
     try:
         schema = json.loads(value) if isinstance(value, str) else value
         text = json.dumps(
-            schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_as_dict
+            schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=as_dict
         )
     except RecursionError:
         raise _too_deep() from None
@@ -117,12 +117,6 @@ def check_alone(given: Mapping[str, object], min_tokens: int, *, ignore_eos: boo
                 option,
                 f"can't be given beside {next(iter(given))}, which says where a completion ends",
             )
-
-
-def _as_dict(value: object) -> dict[str, object]:
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
 def _sized(param: str, text: str) -> str:

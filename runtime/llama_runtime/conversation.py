@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama_runtime.errors import RequestError, one_line
-from llama_runtime.json_values import is_deeper
+from llama_runtime.json_values import is_deeper, json_text
 
 MAX_ROLE_CHARACTERS = 64
 MAX_NESTING = 100  # of lists and objects
@@ -106,18 +106,7 @@ def _wrong(message: str) -> RequestError:
 
 def _plain(value: Sequence[Mapping[str, object]], param: str) -> list[dict[str, Any]]:
     """A copy in which there is nothing but JSON values."""
-    try:
-        text = json.dumps([dict(item) for item in value], ensure_ascii=False, allow_nan=False)
-        text.encode("utf-8")
-        copy: list[dict[str, Any]] = json.loads(text)
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"{param} holds a lone surrogate, U+{ord(text[error.start]):04X}: "
-            "it can't be written as UTF-8, so remove it",
-            param=param,
-        ) from error
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"{param} must hold JSON values only: {error}", param=param) from error
+    copy: list[dict[str, Any]] = json.loads(json_text(list(value), param))
     if is_deeper(copy, MAX_NESTING):
         raise RequestError(f"{param} is nested over {MAX_NESTING} levels deep", param=param)
     return copy

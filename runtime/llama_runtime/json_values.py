@@ -2,6 +2,44 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+
+from llama_runtime.errors import RequestError, one_line
+
+
+def json_text(value: object, param: str) -> str:
+    """A caller's value as JSON text; any mapping in it is an object.
+
+    Raises:
+        RequestError: it holds what JSON can't, or half of a surrogate pair.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=as_dict)
+    except (TypeError, ValueError, RecursionError) as error:
+        message = f"{param} must hold JSON values only: {one_line(error)}"
+        raise RequestError(message, param=param) from error
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{param} holds a lone surrogate, U+{ord(text[error.start]):04X}: "
+            "it can't be written as UTF-8, so remove it",
+            param=param,
+        ) from error
+    return text
+
+
+def as_dict(value: object) -> dict[str, object]:
+    """A mapping of another kind, as ``json`` takes it for an object.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
 
 def is_deeper(value: object, levels: int) -> bool:
     """Whether lists and objects lie inside each other on more than so many levels."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from llama_runtime.errors import RequestError, one_line
-from llama_runtime.json_values import is_deeper
+from llama_runtime.json_values import is_deeper, json_text
 
 MAX_TOOLS = 128
 MAX_TOOLS_CHARACTERS = 2**16  # of all definitions, in which one has some hundreds
@@ -202,15 +202,7 @@ def _named(tool_choice: object) -> str:
 
 def _json_copy(tools: list[object]) -> list[object]:
     """A copy that shares nothing with the caller's and holds JSON values only."""
-    try:
-        text = json.dumps(tools, ensure_ascii=False, allow_nan=False, default=_as_dict)
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _wrong(
-            "tools holds half of a surrogate pair, which is no character: remove it"
-        ) from error
-    except (TypeError, ValueError, RecursionError) as error:
-        raise _wrong(f"tools must hold JSON values only: {one_line(error)}") from error
+    text = json_text(tools, "tools")
     if len(text) > MAX_TOOLS_CHARACTERS:
         raise _wrong(
             f"the definitions in tools have {len(text):,} characters as JSON, and "
@@ -221,12 +213,6 @@ def _json_copy(tools: list[object]) -> list[object]:
         if is_deeper(tool, MAX_NESTING):
             raise _wrong(f"tools[{index}] is nested over {MAX_NESTING} levels deep: flatten it")
     return copied
-
-
-def _as_dict(value: object) -> dict[str, object]:
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
 def _kind(value: object) -> str:

@@ -17,7 +17,8 @@ from llama_runtime.errors import RequestError
 from llama_runtime.tool_calls import ToolCall, parse_tool_calls
 from llama_runtime.tool_messages import normalise_tool_messages, with_tools_in_system
 from llama_runtime.tools import check_tools
-from tests.runtime.tool_templates import HERMES, LLAMA_2, LLAMA_3_1, LLAMA_3_2, QWEN, SMOLLM2
+from tests.runtime.chat_templates import LLAMA_2, LLAMA_3_1, LLAMA_3_2, SMOLLM2
+from tests.runtime.tool_templates import HERMES, QWEN
 
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 ARGUMENTS = {

@@ -17,7 +17,8 @@ from llama_runtime.tools import (
     has_place_for_tools,
     tool_dialect,
 )
-from tests.runtime.tool_templates import HERMES, LLAMA_3_1, LLAMA_3_2, QWEN, SMOLLM2
+from tests.runtime.chat_templates import LLAMA_3_1, LLAMA_3_2, SMOLLM2
+from tests.runtime.tool_templates import HERMES, QWEN
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 
