@@ -24,6 +24,7 @@ from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.backends.ort_sampler import OrtSampler
 from llama_runtime.bundle import Bundle, open_bundle
 from llama_runtime.contract import SAMPLER, SLOTS, cache_capacity
+from llama_runtime.grammars import GrammarCompiler
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import TokenLogprob
 from llama_runtime.slots_engine import slots_engine
@@ -98,15 +99,15 @@ class Recorded:
 
 
 def pool(vocab_size: int) -> list[Request]:
-    """Every parameter is on in some and off in others."""
+    """Every parameter is on in some and off in others; three are held to a grammar."""
     choose = random.Random(0)
     requests = []
     beginning = [choose.randrange(vocab_size) for _ in range(max(PROMPT_LENGTHS))]
     for i, length in enumerate(PROMPT_LENGTHS):
-        speculates = i % 2 == 1
+        speculates, held = i % 2 == 1, i in (4, 8, 11)
         params = SamplingParams(
             max_tokens=MAX_SPECULATED if speculates else MAX_TOKENS,
-            min_tokens=i % 4,
+            min_tokens=0 if held else i % 4,
             temperature=(0.0, 0.8, 1.3)[i % 3],
             top_p=(0.95, 1.0)[i % 2],
             top_k=(0, 40, 300)[i // 2 % 3],
@@ -116,7 +117,8 @@ def pool(vocab_size: int) -> list[Request]:
             frequency_penalty=(0.0, -0.5)[i // 5 % 2],
             logit_bias={choose.randrange(vocab_size): 4.0} if i % 4 == 1 else {},
             seed=i,
-            ignore_eos=True,
+            ignore_eos=not held,
+            regex="([0-9]|[a-f]+ ){60}" if held else None,  # more than any has room for
             logprobs=i % 3 == 1,
             top_logprobs=5 * (i % 3 == 1),
             prompt_logprobs=i % 5 == 2,
@@ -144,6 +146,8 @@ class Runner:
         self._session: Any = open_session(bundle.graph_path(SLOTS.name), threads)
         self._token_bytes = Tokenizer(bundle.tokenizer_path).byte_table
         self._kernels = OrtSampler(bundle.graph_path(SAMPLER), self.geometry.vocab_size, threads)
+        end = 2  # which no completion comes to
+        self._grammars = GrammarCompiler(bundle.tokenizer_path, self.geometry.vocab_size, [end])
         # Found out once, as `LLM` does when it loads.
         self.row_multiple = self._backend(num_slots=1, capacity=2).row_multiple
         self.num_guessed = self.num_right = 0
@@ -185,6 +189,7 @@ class Runner:
             max_chunk=chunk,
             num_prefix_blocks=num_blocks,
             kernels=self._kernels,
+            grammars=self._grammars,
         )
         waiting = list(requests)
         sequences, num_aborted = [], 0
