@@ -48,9 +48,11 @@ from llama_runtime import loading
 from llama_runtime.backends.fake import Fake
 from llama_runtime.sampling import Reference
 
+seconds = float(sys.argv.pop(1))
+
 class SlowFake(Fake):
     def run(self, step):
-        time.sleep(float(sys.argv[1]))
+        time.sleep(seconds)
         return super().run(step)
 
 loading.open_session = lambda graph, threads: None
@@ -58,8 +60,8 @@ loading.OrtSampler = lambda *_: Reference()
 loading.OrtCpu = lambda session, geometry, *, num_slots, capacity, num_prefix_blocks: SlowFake(
     num_slots, capacity, geometry.vocab_size, num_prefix_blocks=num_prefix_blocks
 )
-from llama_runtime.cli import cli
-cli(sys.argv[2:], prog_name="llama-run")
+from llama_runtime.__main__ import main
+main()
 """
 
 

@@ -68,7 +68,7 @@ def test_ctrl_c_leaves_whole_lines_says_how_many_and_is_status_130(
     wait_until(lambda: output.exists() and output.read_bytes().count(b"\n") >= 3)
     run.send_signal(signal.SIGINT)
     _, said = run.communicate(timeout=20)
-    assert run.returncode == 130
+    assert run.returncode == 130, said
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [record["index"] for record in found] == list(range(len(found)))
     assert 3 <= len(found) < 12
