@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from llama_decoder import licence
 from llama_decoder.config import LlamaConfig
 from llama_decoder.errors import CheckpointError
+from llama_decoder.gguf_blocks import Blocks, BlockType, stacked
 from llama_decoder.gguf_file import OUTPUT, ROPE_FACTORS, GgufWeights
 from llama_decoder.safetensors_file import CONFIG, SafetensorsWeights
 from llama_decoder.source_files import NEEDS_SAFETENSORS, PICKLES, read_json
@@ -23,6 +25,7 @@ from llama_decoder.weights import (
     TensorSource,
     check_tensors,
     parameters,
+    separate,
     stream,
 )
 
@@ -60,6 +63,45 @@ class Checkpoint:
         values are stored as float32.
         """
         return stream(self._parameters, self._source)
+
+    def weight(self, name: str) -> Array:
+        """One parameter in float32."""
+        return next(stream([self._parameter(name)], self._source))[1]
+
+    def block_types(self) -> dict[str, BlockType | None]:
+        """In which blocks the file holds each matrix; None if it is in none."""
+        return {
+            parameter.name: self._block_type(parameter)
+            for parameter in self._parameters
+            if len(parameter.shape) > 1
+        }
+
+    def _block_type(self, parameter: Parameter) -> BlockType | None:
+        if not isinstance(self._source, GgufWeights):
+            return None
+        (found, *others) = {self._source.block_type(part.name) for part in parameter.parts}
+        return None if others else found
+
+    def blocks(self, name: str) -> Blocks:
+        """The whole numbers of a matrix, if ``block_types`` says that it has some.
+
+        Raises:
+            CheckpointError: it has none.
+        """
+        parameter = self._parameter(name)
+        if not isinstance(self._source, GgufWeights) or self._block_type(parameter) is None:
+            raise CheckpointError(f"{self.path} doesn't hold {name} in blocks of whole numbers")
+        parts = []
+        for part in parameter.parts:
+            blocks, heads = self._source.blocks(part.name), part.interleaved_heads
+            if heads:  # of which only rows change places
+                blocks = blocks.with_rows(partial(separate, num_heads=heads))
+            parts.append(blocks)
+        return stacked(parts)
+
+    def _parameter(self, name: str) -> Parameter:
+        (found,) = (parameter for parameter in self._parameters if parameter.name == name)
+        return found
 
     def licence_files(self) -> list[Path]:
         """Licence, notice and use policy files of a Hugging Face directory, by name."""

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from numpy.typing import NDArray
 
 from llama_decoder.config import MAX_HEAD_DIM
 from llama_decoder.errors import CheckpointError
-from llama_decoder.gguf_header import read_header
+from llama_decoder.gguf_blocks import BLOCK_TYPES, Blocks, BlockType, read_blocks
+from llama_decoder.gguf_header import TensorEntry, read_header
 from llama_decoder.source_files import refuse_disguise
 from llama_decoder.weights import Array
 
@@ -61,11 +63,23 @@ class GgufWeights:
             )
         return tuple(self.read(ROPE_FACTORS).tolist())
 
+    def block_type(self, name: str) -> BlockType | None:
+        """Of a tensor that is in blocks that ``blocks`` can give; else None."""
+        return BLOCK_TYPES.get(self._tensors[name].type)
+
+    def blocks(self, name: str) -> Blocks:
+        """One tensor [N, K] as whole numbers, if ``block_type`` says that it has some."""
+        entry = self._tensors[name]
+        return read_blocks(self._stored(entry).reshape(entry.shape[0], -1), entry.type)
+
+    def _stored(self, entry: TensorEntry) -> NDArray[np.uint8]:
+        return self._bytes[entry.offset : entry.offset + entry.num_bytes]
+
     def read(self, name: str) -> Array:
         """One tensor as writable float32."""
         entry = self._tensors[name]
         width = entry.shape[-1]
-        stored = self._bytes[entry.offset : entry.offset + entry.num_bytes]
+        stored = self._stored(entry)
         value = np.empty(entry.shape, np.float32)
         rows = value.reshape(-1, width)
         stored_rows = stored.reshape(len(rows), -1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from llama_decoder.errors import CheckpointError
 from llama_decoder.fields import quoted
 
 Array = NDArray[np.float32]
+Number = TypeVar("Number", bound=np.generic)
 SourceFormat = Literal["safetensors", "gguf"]
 
 LISTED = 8  # tensors named in a message before it says how many more there are
@@ -129,7 +130,7 @@ def stream(expected: Sequence[Parameter], source: TensorSource) -> Iterator[tupl
         yield parameter.name, _read(parameter, source)
 
 
-def separate(rows: NDArray[np.float32], num_heads: int) -> Array:
+def separate(rows: NDArray[Number], num_heads: int) -> NDArray[Number]:
     """Undoes the row order that llama.cpp's converter gives to q and k.
 
     The converter takes rows d and d + D/2 of a head, which RoPE turns together, and puts them side
