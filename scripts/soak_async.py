@@ -174,6 +174,7 @@ def fake_llm() -> Iterator[AsyncLLM]:
         num_slots: int,
         capacity: int,
         num_prefix_blocks: int,
+        **_more: object,
     ) -> Fake:
         return Fake(num_slots, capacity, geometry.vocab_size, num_prefix_blocks=num_prefix_blocks)
 

@@ -70,7 +70,8 @@ class NumpyLlama:
         query, key, value = np.split(heads, [self._heads, self._heads + self._kv_heads])
         # Query heads share a key and value head in runs: the first H/K heads have the first.
         group = self._heads // self._kv_heads
-        query, key = self._rotate(query), self._rotate(key).repeat(group, axis=0)
+        query, (key, value) = self._rotate(query), self._kept(layer, self._rotate(key), value)
+        key = key.repeat(group, axis=0)
         scores = query @ key.swapaxes(1, 2) / np.sqrt(query.shape[-1])  # [H, T, T]
         scores[:, np.triu(np.ones((count, count), bool), k=1)] = -np.inf
         shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -78,6 +79,10 @@ class NumpyLlama:
         attended = shares @ value.repeat(group, axis=0)  # [H, T, D]
         rows = attended.swapaxes(0, 1).reshape(count, -1)
         return np.asarray(rows @ self._weights[f"{layer}.self_attn.o_proj.weight"].T)
+
+    def _kept(self, layer: str, key: Floats, value: Floats) -> tuple[Floats, Floats]:  # noqa: ARG002
+        """What attention sees of keys and values [K, T, D]: as they are."""
+        return key, value
 
     def _rotate(self, x: Floats) -> Floats:
         """Turn value j and value j + D/2 of each head [T, D] by position · frequency j."""

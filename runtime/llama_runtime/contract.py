@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 DType = Literal[
-    "float32", "float64", "float16", "bfloat16", "float8e4m3fn", "int64", "int32", "bool"
+    "float32", "float64", "float16", "bfloat16", "float8e4m3fn", "int64", "int32", "int8", "bool"
 ]
 
 
@@ -178,7 +178,14 @@ TENSORRT = Dialect(
     logits_dtype="float16",
 )
 
-CACHE_ITEM_BYTES: dict[DType, int] = {"float16": 2, "bfloat16": 2, "float8e4m3fn": 1}  # on a GPU
+# Bytes of one number of a key or a value.
+CACHE_ITEM_BYTES: dict[DType, int] = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8e4m3fn": 1,
+    "int8": 1,
+}
 
 DIALECTS = {dialect.name: dialect for dialect in (SLOTS, PAGED, TENSORRT)}
 

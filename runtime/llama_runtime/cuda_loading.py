@@ -10,7 +10,7 @@ from itertools import count
 from llama_runtime.backends.cuda_device import Device
 from llama_runtime.batch_sizer import BatchSizer
 from llama_runtime.bundle import Bundle
-from llama_runtime.contract import CACHE_ITEM_BYTES, PAGED, DType
+from llama_runtime.contract import PAGED, DType
 from llama_runtime.cuda_engine import cuda_engine
 from llama_runtime.cuda_plan import MARGIN, CudaPlan, block_size_of
 from llama_runtime.detokenizer import TokenBytes
@@ -76,7 +76,7 @@ def cuda_plan(bundle: Bundle, devices: Seq[Device], max_batch: int, max_len: int
         max_len=max_len,
         prompt_budget=CUDA_PROMPT_BUDGET,
         block_size=block_size_of(geometry.head_dim),
-        cache_item_bytes=CACHE_ITEM_BYTES[cache_dtype],
+        cache_dtype=cache_dtype,
     )
 
 

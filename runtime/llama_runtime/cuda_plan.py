@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from llama_runtime.contract import max_logits_rows
+from llama_runtime.contract import DType, max_logits_rows
 from llama_runtime.memory_plan import MAX_BATCH, MemoryPlan, megabytes
 from llama_runtime.paged_batch import row_buckets
 
@@ -28,18 +28,15 @@ class CudaPlan(MemoryPlan):
 
     Attributes:
         block_size: tokens of one block.
-        cache_item_bytes: of one number of a key or a value.
     """
 
     block_size: int
-    cache_item_bytes: int = ITEM_BYTES
+    cache_dtype: DType = "float16"
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block, keys and values of all layers."""
-        g = self.geometry
-        numbers = 2 * g.num_layers * self.block_size * g.num_kv_heads * g.head_dim
-        return numbers * self.cache_item_bytes
+        return self.token_bytes * self.block_size
 
     @property
     def num_blocks(self) -> int:

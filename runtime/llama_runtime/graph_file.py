@@ -27,6 +27,8 @@ _DECODER = {
     *("Add", "Gather", "Gemm", "MatMul", "Mul", "RMSNormalization", "Reshape", "Sigmoid"),
     "SimplifiedLayerNormalization",
 }
+# What 8-bit products add to it.
+_ROWS = {"Abs", "Cast", "Gather", "QuantizeLinear", "ReduceMax", "Sub"}
 _SAMPLER = {
     *("TopK", "Softmax", "CumSum", "ReduceSum", "GatherElements", "GatherND", "Slice", "Pad"),
     *("Add", "Sub", "Mul", "Div", "Log", "Min", "Cast", "Reshape", "Where"),
@@ -39,12 +41,19 @@ _TENSORRT = {
     *("TensorScatter", "Transpose", "Unsqueeze"),
 }
 _WIDENING = "DequantizeLinear"  # of 4-bit weights: at most eight times the bytes that are there
+_TURNING = "Transpose"  # of 8-bit weights: as many bytes again
+# What may work on weights alone, and who may read what comes of it: products, in the place of their
+# matrix. So nothing is computed from it before there are activations.
+_READERS = {_WIDENING: "Gemm", _TURNING: "MatMulIntegerToFloat"}
 TENSORRT_OPERATORS = {"": frozenset(_TENSORRT | {_WIDENING})}
 OPERATORS = {
-    "": frozenset(_DECODER | _SAMPLER),
+    "": frozenset(_DECODER | _ROWS | _SAMPLER | {_TURNING}),
     "com.microsoft": frozenset(
         {
+            "GatedAdd",
+            "GatherBlockQuantized",
             "GroupQueryAttention",
+            "MatMulIntegerToFloat",
             "MatMulNBits",
             "PagedAttention",
             "SkipSimplifiedLayerNormalization",
@@ -106,7 +115,7 @@ class _Graph:
         self._folder = folder
         self._operators = operators
         self._constants: set[str] = set()
-        self._nodes: list[tuple[str, list[str]]] = []
+        self._nodes: list[tuple[str, list[str], list[str]]] = []
 
     def read(self, graph: memoryview) -> None:
         for number, value in _fields(graph):
@@ -121,15 +130,25 @@ class _Graph:
         """Check what needs the whole graph."""
         if not self._nodes:
             raise _RefusedError("it is not an ONNX graph")
-        for operator, inputs in self._nodes:
-            if self._constants.issuperset(inputs) and operator != _WIDENING:
+        made: dict[str, str] = {}  # from weights alone, and the operator that may read it
+        for operator, inputs, outputs in self._nodes:
+            if operator in _READERS and self._constants.issuperset(inputs):
+                made |= dict.fromkeys(outputs, _READERS[operator])
+        for operator, inputs, outputs in self._nodes:
+            if made.keys() >= set(outputs):
+                continue
+            if (self._constants | made.keys()).issuperset(inputs):
                 raise _RefusedError(f"one of its operators {operator} works on constants alone")
+            if any(made.get(name, operator) != operator for name in inputs):
+                raise _RefusedError(f"one of its operators {operator} works on changed weights")
 
     def _read_node(self, node: memoryview) -> None:
-        inputs, operator, domain = [], "", ""
+        inputs, outputs, operator, domain = [], [], "", ""
         for number, value in _fields(node):
             if number == 1:
                 inputs.append(_text(value))
+            elif number == 2:
+                outputs.append(_text(value))
             elif number == 4:
                 operator = _text(value)
             elif number == 5:
@@ -138,7 +157,7 @@ class _Graph:
                 domain = _text(value)
         if operator not in self._operators.get(domain, ()):
             raise _RefusedError(f"it uses the operator {f'{domain}.{operator}'.lstrip('.')!r:.80}")
-        self._nodes.append((operator, [name for name in inputs if name]))
+        self._nodes.append((operator, [name for name in inputs if name], outputs))
 
     def _read_initializer(self, tensor: memoryview) -> None:
         weights = _Weights(tensor)

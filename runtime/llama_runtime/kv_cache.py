@@ -6,11 +6,12 @@ import heapq
 import mmap
 import sys
 from math import prod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llama_runtime.contract import Geometry
+from llama_runtime.contract import DType, Geometry
 from llama_runtime.prefix_store import PrefixStore
 from llama_runtime.sequence import Sequence
 
@@ -105,18 +106,19 @@ class SlotCache:
 
 
 def cache_buffers(
-    geometry: Geometry, num_slots: int, capacity: int
-) -> list[npt.NDArray[np.float32]]:
+    geometry: Geometry, num_slots: int, capacity: int, dtype: DType = "float32"
+) -> list[npt.NDArray[Any]]:
     """Zero buffers [B, K, C, D], keys then values of each layer, that cost what is touched.
 
-    numpy's own zeros take huge pages where the system offers them, and then a few short sequences
-    make most of the buffer resident; here only the small pages that hold tokens are.
+    A zero byte is 0 in int8 too, which has no zero point. numpy's own zeros take huge pages where
+    the system offers them, and then a few short sequences make most of the buffer resident; here
+    only the small pages that hold tokens are.
     """
     shape = (num_slots, geometry.num_kv_heads, capacity, geometry.head_dim)
     buffers = []
     for _ in range(2 * geometry.num_layers):
-        pages = _private_pages(prod(shape) * np.dtype(np.float32).itemsize)
-        buffers.append(np.frombuffer(pages, dtype=np.float32).reshape(shape))
+        pages = _private_pages(prod(shape) * np.dtype(dtype).itemsize)
+        buffers.append(np.frombuffer(pages, dtype=dtype).reshape(shape))
     return buffers
 
 

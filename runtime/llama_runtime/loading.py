@@ -37,6 +37,7 @@ from llama_runtime.settings import (
     Settings,
 )
 from llama_runtime.slots_engine import slots_engine
+from llama_runtime.slots_precision import slots_cache_dtype
 
 if TYPE_CHECKING:
     from llama_runtime.backends.cuda_device import Device
@@ -129,7 +130,7 @@ def plan(bundle: Bundle, settings: Settings) -> MemoryPlan:
 
 def _plan_slots(bundle: Bundle, settings: Settings) -> MemoryPlan:
     geometry = bundle.manifest.geometry
-    bundle.graph_path(SLOTS.name)  # which it may not have
+    cache_dtype = slots_cache_dtype(bundle)
     settings.refuse(
         "devices",
         f"they are CUDA devices, and {bundle.path} was built for the CPU; llama-export build "
@@ -144,6 +145,7 @@ def _plan_slots(bundle: Bundle, settings: Settings) -> MemoryPlan:
         max_len=settings.length(geometry.max_positions),
         prompt_budget=PROMPT_BUDGET,
         prefix_tokens=settings.num_prefix_tokens(),
+        cache_dtype=cache_dtype,
     )
     if settings.prefix_tokens is None and not wanted.fits:
         wanted = replace(wanted, prefix_tokens=wanted.largest_prefix_tokens)
@@ -166,6 +168,7 @@ def _load_slots(
         num_slots=wanted.max_batch,
         capacity=cache_capacity(wanted.max_len, PROMPT_CHUNK),
         num_prefix_blocks=wanted.num_prefix_blocks,
+        cache_dtype=wanted.cache_dtype,
     )
     engine = slots_engine(
         backend,

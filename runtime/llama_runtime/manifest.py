@@ -72,8 +72,8 @@ class Graph:
 
     Attributes:
         dialect: name of a dialect of the step contract; a bundle has one graph of each at most.
-        precision: name of the recipe of its weights: ``fp32``, ``fp16``, ``bf16``, or ``int4``
-            with fp16 activations; of one whose keys and values have 8 bits, ``+fp8kv`` behind it.
+        precision: name of the recipe of its weights: ``fp32``, ``fp16``, ``bf16``, ``int8``, or
+            ``int4``; of one whose keys and values have 8 bits, ``+fp8kv`` or ``+int8kv`` behind it.
         file: the ONNX file in the bundle.
     """
 

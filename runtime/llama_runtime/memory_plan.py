@@ -12,10 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from llama_runtime.contract import (
+    CACHE_ITEM_BYTES,
     CHUNK_MULTIPLE,
     MAX_CELLS,
     PROMPT_CHUNK,
     SAMPLER_ROWS,
+    DType,
     Geometry,
     cache_capacity,
     max_logits_rows,
@@ -47,6 +49,7 @@ class MemoryPlan:
         max_len: the most tokens of one sequence.
         prompt_budget: the most prompt tokens of a step.
         prefix_tokens: tokens of prompts that are kept beside the cache, whole blocks of them.
+        cache_dtype: of keys and values.
     """
 
     geometry: Geometry
@@ -56,6 +59,14 @@ class MemoryPlan:
     max_len: int
     prompt_budget: int
     prefix_tokens: int = 0
+    cache_dtype: DType = "float32"
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token, in all layers."""
+        g = self.geometry
+        numbers = 2 * g.num_layers * g.num_kv_heads * g.head_dim
+        return CACHE_ITEM_BYTES[self.cache_dtype] * numbers
 
     @property
     def num_prefix_blocks(self) -> int:
@@ -65,16 +76,12 @@ class MemoryPlan:
     @property
     def prefixes(self) -> int:
         """Bytes of keys and values of what is kept, all of them touched."""
-        g = self.geometry
-        return FLOAT_BYTES * 2 * g.num_layers * g.num_kv_heads * g.head_dim * self.prefix_tokens
+        return self.token_bytes * self.prefix_tokens
 
     @property
     def cache(self) -> int:
-        """Bytes of keys and values, [B, K, C, D] of float32 in each layer, all of them touched."""
-        g = self.geometry
-        capacity = cache_capacity(self.max_len, PROMPT_CHUNK)
-        numbers = 2 * g.num_layers * self.max_batch * g.num_kv_heads * capacity * g.head_dim
-        return FLOAT_BYTES * numbers
+        """Bytes of keys and values, [B, K, C, D] in each layer, all of them touched."""
+        return self.token_bytes * self.max_batch * cache_capacity(self.max_len, PROMPT_CHUNK)
 
     @property
     def workspace(self) -> int:
@@ -151,9 +158,10 @@ class MemoryPlan:
     def summary(self) -> str:
         """The plan in one line."""
         prefixes = f"prefixes up to {megabytes(self.prefixes)}, " if self.prefixes else ""
+        kind = "" if self.cache_dtype == "float32" else f" in {self.cache_dtype}"
         return (
-            f"memory: weights {megabytes(self.weights)}, cache up to {megabytes(self.cache)}, "
-            f"{prefixes}workspace {megabytes(self.workspace)}; "
+            f"memory: weights {megabytes(self.weights)}, cache up to {megabytes(self.cache)}"
+            f"{kind}, {prefixes}workspace {megabytes(self.workspace)}; "
             f"{megabytes(self.available.num_bytes)} available"
         )
 
@@ -163,6 +171,7 @@ class MemoryPlan:
             "max_batch": self.max_batch,
             "max_len": self.max_len,
             "prefix_tokens": self.prefix_tokens,
+            "cache_dtype": self.cache_dtype,
             "weights": self.weights,
             "cache": self.cache,
             "prefixes": self.prefixes,
@@ -208,6 +217,7 @@ def describe(plan: MemoryPlan) -> str:
     width = max(map(len, figures.values()))
     lines = [f"max_batch {plan.max_batch}, max_len {plan.max_len}", ""]
     lines += [f"{name:<11}{figure:>{width}}" for name, figure in figures.items()]
+    lines[3] += f"  {plan.cache_dtype}"
     lines[-1] += f"  {plan.available.bound}"
     lines += [
         "",

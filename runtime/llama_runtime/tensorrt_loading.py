@@ -30,7 +30,7 @@ def tensorrt_plan(bundle: Bundle, device: Device, max_batch: int, max_len: int) 
         BundleError: there is no graph for TensorRT, or it is of a precision that this version
             doesn't know.
     """
-    activations(bundle)
+    dtype = activations(bundle)
     free, total = device.memory()
     return TensorRtPlan(
         geometry=bundle.manifest.geometry,
@@ -39,6 +39,7 @@ def tensorrt_plan(bundle: Bundle, device: Device, max_batch: int, max_len: int) 
         max_batch=max_batch,
         max_len=max_len,
         prompt_budget=0,  # an engine's own limit
+        cache_dtype=dtype,
     )
 
 

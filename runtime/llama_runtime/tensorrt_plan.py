@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from llama_runtime.contract import DType
 from llama_runtime.memory_plan import MAX_BATCH, MemoryPlan
 from llama_runtime.tensorrt.limits import EngineLimits
 
-ITEM_BYTES = 2  # of activations, keys and values
+ITEM_BYTES = 2  # of activations
 TABLE_BYTES = 6  # of each token of the vocabulary for each slot: how often it came, its bias
 # Not measured: no GPU that TensorRT-RTX runs on was at hand. CUDA's libraries and kernels, rounded
 # up from what they take with ONNX Runtime; and what a step holds, were nothing of it reused.
@@ -22,6 +23,8 @@ STEP_SLACK = 2.0
 class TensorRtPlan(MemoryPlan):
     """See ``MemoryPlan``."""
 
+    cache_dtype: DType = "float16"
+
     @property
     def limits(self) -> EngineLimits:
         """The sizes that the engine is built for."""
@@ -30,9 +33,7 @@ class TensorRtPlan(MemoryPlan):
     @property
     def cache(self) -> int:
         """Bytes of keys and values, [B, K, C, D] in each layer."""
-        g = self.geometry
-        cells = self.max_batch * self.limits.capacity
-        return ITEM_BYTES * 2 * g.num_layers * cells * g.num_kv_heads * g.head_dim
+        return self.token_bytes * self.max_batch * self.limits.capacity
 
     @property
     def workspace(self) -> int:

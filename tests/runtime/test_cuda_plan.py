@@ -32,7 +32,7 @@ def test_a_block_is_what_the_cache_of_all_layers_takes_for_its_tokens() -> None:
 def test_numbers_of_half_the_size_make_blocks_of_half_the_size() -> None:
     """And as many again in what is left, for all else takes what it took."""
     whole = replace(PLAN, max_len=16_384)
-    small = replace(whole, cache_item_bytes=1)
+    small = replace(whole, cache_dtype="float8e4m3fn")
     assert 2 * small.block_bytes == whole.block_bytes
     assert small.workspace == whole.workspace
     assert 0 <= small.num_blocks - 2 * whole.num_blocks <= 1

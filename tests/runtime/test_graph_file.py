@@ -6,6 +6,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import given
@@ -22,6 +23,51 @@ def test_what_the_exporter_writes_passes_and_uses_every_operator(tiny_bundle: Pa
     nodes = onnx.load(tiny_bundle / "decoder.onnx", load_external_data=False).graph.node
     used = {(node.domain, node.op_type) for node in nodes}
     assert used <= {(domain, name) for domain, names in OPERATORS.items() for name in names}
+
+
+def graph_of(*nodes: onnx.NodeProto) -> memoryview:
+    """A graph with an input x and a matrix w of four bytes."""
+    matrix = onnx.numpy_helper.from_array(np.ones((2, 2), np.int8), "w")
+    graph = onnx.GraphProto(node=nodes, initializer=[matrix])
+    return memoryview(onnx.ModelProto(graph=graph).SerializeToString())
+
+
+def node(operator: str, *names: str) -> onnx.NodeProto:
+    """The last name is that of the result."""
+    domain = "com.microsoft" if operator == "MatMulIntegerToFloat" else ""
+    return onnx.helper.make_node(operator, names[:-1], names[-1:], domain=domain)
+
+
+def test_a_matrix_may_be_turned_for_a_product(tmp_path: Path) -> None:
+    turned = node("Transpose", "w", "t")
+    product = node("MatMulIntegerToFloat", "x", "t", "y")
+    _read(graph_of(turned, product), tmp_path)
+    _read(graph_of(product, turned), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [node("Transpose", "w", "t"), node("Transpose", "t", "y")],
+        [node("Transpose", "w", "t"), node("MatMul", "t", "t", "y")],
+        [node("Transpose", "w", "t"), node("Pad", "t", "w", "y")],
+        [node("Transpose", "w", "t"), node("Add", "x", "t", "y")],
+        [node("Transpose", "w", "t"), node("MatMulIntegerToFloat", "t", "w", "y")],
+        [node("Add", "t", "t", "y"), node("Transpose", "w", "t")],
+        [node("MatMul", "w", "w", "y")],
+    ],
+    ids=lambda nodes: " ".join(each.op_type for each in nodes),
+)
+def test_nothing_else_is_computed_of_it_while_the_graph_loads(
+    nodes: list[onnx.NodeProto], tmp_path: Path
+) -> None:
+    """ONNX Runtime would: a chain of such nodes takes any time and memory."""
+    with pytest.raises(_RefusedError, match="works on"):
+        _read(graph_of(*nodes), tmp_path)
+
+
+def _read(data: memoryview, folder: Path) -> None:
+    _check_model(data, _Graph(folder, OPERATORS))
 
 
 def test_a_graph_that_passes_may_be_written_in_pieces(tiny_bundle: Path) -> None:

@@ -14,6 +14,8 @@ from llama_runtime.contract import (
     CHUNK_MULTIPLE,
     MAX_ROW_MULTIPLE,
     SLOTS,
+    Dialect,
+    DType,
     Geometry,
     max_logits_rows,
 )
@@ -35,6 +37,7 @@ class OrtCpu:
         capacity: C.
         row_multiple: see ``Backend``; None asks the one-row probe.
         num_prefix_blocks: blocks that are kept outside the slots.
+        cache_dtype: of keys and values, ``float32`` or ``int8``; None takes the graph's own.
 
     Raises:
         BackendError: the graph's inputs and outputs are not those of the dialect and the geometry.
@@ -49,20 +52,24 @@ class OrtCpu:
         capacity: int,
         row_multiple: int | None = None,
         num_prefix_blocks: int = 0,
+        cache_dtype: DType | None = None,
     ) -> None:
-        _check_contract(session, geometry)
+        dialect = SLOTS.typed(SLOTS.logits_dtype, cache_dtype or _cache_dtype(session))
+        _check_contract(session, geometry, dialect)
         self.row_multiple = row_multiple or _probe(session, geometry)
         self._session = session
         self._binding = self._session.io_binding()
         self._bound_slots: tuple[int, int] | None = None
         rows = padded(max_logits_rows(num_slots), MAX_ROW_MULTIPLE)
         self._logits = np.zeros((rows, geometry.vocab_size), np.float32)
-        self._cache = cache_buffers(geometry, num_slots, capacity)
-        self._blocks: list[npt.NDArray[np.float32]] = []
+        self._cache = cache_buffers(geometry, num_slots, capacity, dialect.cache_dtype)
+        self._blocks: list[npt.NDArray[Any]] = []
         if num_prefix_blocks:
-            self._blocks = cache_buffers(geometry, num_prefix_blocks, CHUNK_MULTIPLE)
-        inputs = SLOTS.cache_inputs(geometry.num_layers)
-        outputs = SLOTS.cache_outputs(geometry.num_layers)
+            self._blocks = cache_buffers(
+                geometry, num_prefix_blocks, CHUNK_MULTIPLE, dialect.cache_dtype
+            )
+        inputs = dialect.cache_inputs(geometry.num_layers)
+        outputs = dialect.cache_outputs(geometry.num_layers)
         self._cache_names = [(i.name, o.name) for i, o in zip(inputs, outputs, strict=True)]
 
     def run(self, step: Step) -> npt.NDArray[np.float32]:
@@ -131,6 +138,9 @@ def open_session(graph: Path, threads: int) -> Any:
     # Else the decoder's threads go on spinning while those of the sampler work: on 2 processors a
     # sampled step takes 1.75 times as long.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Products of unsigned and signed bytes overflow on x86 without VNNI: there, and only there,
+    # this makes the signed ones unsigned.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 4  # what goes wrong is raised; its own lines would say it twice
     try:
         return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -138,10 +148,17 @@ def open_session(graph: Path, threads: int) -> Any:
         raise BackendError(f"{graph} can't be loaded: {error}") from error
 
 
-def _check_contract(session: Any, geometry: Geometry) -> None:
+def _cache_dtype(session: Any) -> DType:
+    """The type of a graph's keys and values; float32 if it has none that the dialect knows."""
+    name = SLOTS.cache_inputs(1)[0].name
+    types = {value.name: value.type for value in session.get_inputs()}
+    return "int8" if types.get(name) == "tensor(int8)" else "float32"
+
+
+def _check_contract(session: Any, geometry: Geometry, dialect: Dialect) -> None:
     sizes = {"K": geometry.num_kv_heads, "D": geometry.head_dim, "V": geometry.vocab_size}
-    inputs = (*SLOTS.inputs, *SLOTS.cache_inputs(geometry.num_layers))
-    outputs = (SLOTS.logits, *SLOTS.cache_outputs(geometry.num_layers))
+    inputs = (*dialect.inputs, *dialect.cache_inputs(geometry.num_layers))
+    outputs = (dialect.logits, *dialect.cache_outputs(geometry.num_layers))
     check_signature(session, inputs, outputs, sizes)
 
 

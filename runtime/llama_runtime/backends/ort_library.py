@@ -28,6 +28,7 @@ _TYPES = {
     "float8e4m3fn": "tensor(float8e4m3fn)",
     "int64": "tensor(int64)",
     "int32": "tensor(int32)",
+    "int8": "tensor(int8)",
     "bool": "tensor(bool)",
 }
 
