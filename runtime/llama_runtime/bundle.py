@@ -10,6 +10,7 @@ A bundle is a directory that ``llama-export build`` writes and everything in thi
     generation_config.json  EOS ids and the model's own sampling settings
     chat_template.jinja     if the model has one
     chat_fixture.json       conversations, and what the template must make of them
+    reference_logprobs.bin  what the source thinks of the evaluation texts, if that was measured
     README.md, LICENSE ...  the model card and the model's terms
 
 Every file is checked before any is used: nothing missing, extra, linked or altered. Hashing a large

@@ -12,6 +12,8 @@ TOKENIZER = "tokenizer.json"
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 CHAT_FIXTURE = "chat_fixture.json"
+REFERENCE_LOGPROBS = "reference_logprobs.bin"
+MAX_REFERENCE_BYTES = 2**24  # twice what the evaluation texts come to
 MAX_TEXT_BYTES = 2**20
 _TOKENIZER_BYTES_PER_TOKEN = 512  # Llama 3's has 140
 _MAX_GRAPH_BYTES = 2**26
@@ -33,6 +35,7 @@ def check_limits(root: Path, manifest: Manifest) -> None:
         GENERATION_CONFIG: MAX_TEXT_BYTES,
         CHAT_TEMPLATE: MAX_TEXT_BYTES,
         CHAT_FIXTURE: MAX_TEXT_BYTES,
+        REFERENCE_LOGPROBS: MAX_REFERENCE_BYTES,
     }
     for name, limit in limits.items():
         if name in manifest.files and manifest.files[name].size > limit:

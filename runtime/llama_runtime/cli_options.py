@@ -55,6 +55,12 @@ devices_option = click.option(
     show_envvar=True,
     help="CUDA devices to run on, an engine on each, for a bundle built for CUDA.  [default: 0]",
 )
+threads_option = click.option(
+    "--threads",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Threads of the kernels on the CPU.  [default: the processors this process may use]",
+)
 max_batch_option = click.option(
     "--max-batch",
     metavar="N|auto",
@@ -226,13 +232,7 @@ def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         *_SAMPLING,
         *_CONSTRAINTS,
         *_SCORES,
-        click.option(
-            "--threads",
-            metavar="N",
-            type=click.IntRange(min=1),
-            help="Threads of the kernels on the CPU.  [default: the processors this process may "
-            "use]",
-        ),
+        threads_option,
         devices_option,
     ]
     for option in reversed(options):
