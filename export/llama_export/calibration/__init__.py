@@ -1,0 +1,1 @@
+"""What a model reads while its weights are rounded: texts that the package ships."""

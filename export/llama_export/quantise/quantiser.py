@@ -1,0 +1,150 @@
+"""A model's parameters, rounded layer by layer on a calibration text.
+
+Hidden states of all windows go through one layer after the other, as the rounded layers make them,
+so each layer makes up for some of what those before it are off by. In memory are one layer, its
+largest Gram matrix with two copies, and the hidden states; never the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+
+from llama_decoder import names
+from llama_decoder.config import LlamaConfig
+from llama_decoder.weights import Array
+from llama_export.errors import ExportError
+from llama_export.quantise.layer_rounding import LayerRounding, Watch
+from llama_export.quantise.layers import (
+    Layer,
+    Parameters,
+    Windows,
+    parameter_names,
+    take,
+    take_layer,
+)
+from llama_export.quantise.rounding import Int4Rounding, Int8Rounding, Product, Rounding
+
+How = Literal["feedback", "nearest"]
+Quantised = Iterator[tuple[str, Product | Array]]
+
+MIN_TOKENS = 4096  # of a calibration text: fewer than a few a column make the rounding worse
+
+
+def quantise_int8(
+    config: LlamaConfig,
+    weights: Parameters,
+    windows: Windows | None,
+    how: How = "feedback",
+    watch: Watch | None = None,
+    head: Array | None = None,
+) -> Quantised:
+    """Products in signed bytes with a scale a row, for activations in bytes with a scale a row.
+
+    Args:
+        config: the model's numbers.
+        weights: every parameter in float32, in the decoder's order.
+        windows: token ids [W, S] of the calibration text; not looked at if rounding to the nearest.
+        how: with error feedback and migration, or plainly to the nearest.
+        watch: called on the way.
+        head: what ``head_scales`` found, [E]: the last norm is divided by it and the head's matrix
+            multiplied with it. If that is the embedding too, the graph must divide by it what it
+            looks up.
+
+    Yields:
+        Parameters in the decoder's order: norms in float32, all others as ``Int8Product``.
+
+    Raises:
+        ExportError: a parameter isn't the expected one or not finite, or the text is too short.
+    """
+    return _quantise(config, weights, windows, how, Int8Rounding(), watch or Watch(), head)
+
+
+def quantise_int4(
+    config: LlamaConfig,
+    weights: Parameters,
+    windows: Windows | None,
+    block: int = 32,
+    how: How = "feedback",
+    watch: Watch | None = None,
+) -> Quantised:
+    """Products in blocks of 4 bits, embedding and head in blocks of 8; see ``quantise_int8``.
+
+    Args:
+        config: as there.
+        weights: as there.
+        windows: as there.
+        block: columns that share a scale and a zero point.
+        how: as there.
+        watch: as there.
+
+    Yields:
+        Parameters in the decoder's order: norms in float32, all others as ``BlockProduct``.
+
+    Raises:
+        ExportError: as there.
+    """
+    return _quantise(config, weights, windows, how, Int4Rounding(block), watch or Watch())
+
+
+def checked_windows(windows: Windows | None, config: LlamaConfig) -> Windows:
+    """The windows, if they can serve as a calibration text.
+
+    Raises:
+        ExportError: it is too short, or a token isn't the model's.
+    """
+    if windows is None:
+        raise ExportError("rounding with error feedback needs a calibration text: give its windows")
+    if windows.size < MIN_TOKENS:
+        raise ExportError(
+            f"the calibration text has {windows.size:,} tokens in whole windows, and rounding "
+            f"needs {MIN_TOKENS:,}: give a longer text"
+        )
+    if windows.min() < 0 or windows.max() >= config.vocab_size:
+        raise ExportError(
+            f"the calibration text has token ids from {windows.min()} to {windows.max()}, and the "
+            f"model knows 0 to {config.vocab_size - 1}: encode it with the model's own tokenizer"
+        )
+    return windows
+
+
+def _quantise(
+    config: LlamaConfig,
+    weights: Parameters,
+    windows: Windows | None,
+    how: How,
+    rounding: Rounding,
+    watch: Watch,
+    scales: Array | None = None,
+) -> Quantised:
+    windows = checked_windows(windows, config) if how == "feedback" else None
+    (first,), (norm,), (head,) = (
+        [row.name for row in rows] for rows in (names.FIRST, names.LAST, names.UNTIED)
+    )
+    of_embedding = scales if config.tie_embeddings else None
+    table = rounding.table(_scaled(take(weights, first), of_embedding))
+    layers = None
+    if windows is not None:
+        layers = LayerRounding(config, rounding, table, windows, watch, of_embedding)
+    yield first, table
+    del table
+    for index in range(config.num_layers):
+        layer = take_layer(weights, index)
+        yield from _nearest(layer, rounding) if layers is None else layers.rounded(layer)
+        watch.progress(index + 1, config.num_layers)
+        del layer
+    yield norm, _scaled(take(weights, norm), None if scales is None else np.reciprocal(scales))
+    if not config.tie_embeddings:
+        yield head, rounding.table(_scaled(take(weights, head), scales))
+
+
+def _scaled(value: Array, scales: Array | None) -> Array:
+    return value if scales is None else value * scales
+
+
+def _nearest(layer: Layer, rounding: Rounding) -> Quantised:
+    for field, name in parameter_names(layer.index).items():
+        value = getattr(layer, field).numpy()
+        yield name, value if value.ndim == 1 else rounding.nearest(value)
