@@ -19,7 +19,7 @@ from llama_decoder.shapes import SHAPES
 from llama_decoder.tiny import tiny_config
 from llama_export.build import write_bundle
 from llama_export.device_check import check_on_device
-from llama_export.precision import PRECISIONS
+from llama_export.precisions import CUDA_PRECISIONS
 from llama_export.sources import RandomSource
 from llama_export.stages import Stages
 from llama_runtime import LLM, SamplingParams, open_bundle
@@ -132,14 +132,14 @@ def made(folder: Path, shape: str, precision: str) -> Path:
     if not bundle.exists():
         bundle.mkdir(parents=True)
         source = RandomSource(shape, 0, (CONFIGS | SHAPES)[shape])
-        write_bundle(source, PRECISIONS[precision], bundle, Stages())
+        write_bundle(source, CUDA_PRECISIONS[precision], bundle, Stages())
     return bundle
 
 
 def _checked(bundle: Path, config: LlamaConfig, precision: str, **options: Any) -> Results:
     opened = open_bundle(bundle, verify="size")
     try:
-        found = check_on_device(opened, config, PRECISIONS[precision], Device(0), **options)
+        found = check_on_device(opened, config, CUDA_PRECISIONS[precision], Device(0), **options)
     except CaravanError as error:
         return {"ok": False, "text": str(error)}
     return {"ok": found.passed, "text": found.summary(), **found.as_dict()}

@@ -18,7 +18,7 @@ from llama_decoder.config import LlamaConfig
 from llama_decoder.shapes import SHAPES
 from llama_export.build import write_bundle
 from llama_export.device_check import MAX_TOKENS, check_engine
-from llama_export.precision import TENSORRT_PRECISIONS
+from llama_export.precisions import TENSORRT_PRECISIONS
 from llama_export.sources import RandomSource
 from llama_export.stages import Stages
 from llama_runtime import LLM, SamplingParams, open_bundle

@@ -16,7 +16,7 @@ import onnxruntime
 from llama_decoder.config import LlamaConfig
 from llama_decoder.decoder import rope_buffers
 from llama_decoder.tiny import random_weights
-from llama_export.precision import TENSORRT_CHECK
+from llama_export.precisions import TENSORRT_CHECK
 from llama_export.trace import save_graph, trace_skeleton
 from llama_export.weight_file import weight_regions, write_weights
 from llama_runtime.contract import TENSORRT

@@ -22,18 +22,21 @@ import torch
 from llama_decoder.attention import eager_attention
 from llama_decoder.decoder import build_decoder
 from llama_export.chat_fixture import make_fixture
+from llama_export.cpu_checks import CpuVerification
 from llama_export.device_check import check_on_device, usable_device
 from llama_export.errors import ExportError
 from llama_export.model_card import model_card
 from llama_export.output_folder import new_directory
 from llama_export.paged_checks import PagedVerification, num_paged_steps, verify_paged
-from llama_export.precision import Precision, choose_precision, precision_of
+from llama_export.precision import Precision
+from llama_export.precisions import choose_precision, precision_of
+from llama_export.quality import make_reference, measure, num_parameters, write_reference
 from llama_export.sampler import save_sampler
 from llama_export.source_tokenizer import SourceTokenizer
 from llama_export.sources import ModelSource, RandomSource, open_source
 from llama_export.stages import Stages
 from llama_export.trace import save_graph, trace_skeleton
-from llama_export.verify import Verification, num_compared_tokens, verify
+from llama_export.verify import num_compared_tokens, verify
 from llama_export.weight_file import (
     read_weights,
     weight_bytes,
@@ -51,9 +54,10 @@ from llama_runtime.bundle import (
     open_bundle,
     write_manifest,
 )
-from llama_runtime.bundle_limits import CHAT_FIXTURE, CHAT_TEMPLATE
+from llama_runtime.bundle_limits import CHAT_FIXTURE, CHAT_TEMPLATE, REFERENCE_LOGPROBS
 from llama_runtime.contract import SAMPLER, SLOTS, TENSORRT
 from llama_runtime.errors import BundleError, one_line
+from llama_runtime.graph_file import check_graph
 from llama_runtime.interrupts import Held
 from llama_runtime.prompt_encoder import PromptEncoder
 
@@ -73,6 +77,9 @@ def build_bundle(
     target: str = "cpu",
     precision: str | None = None,
     kv_cache: str = "same",
+    block: int | None = None,
+    calibrated: bool = True,
+    quality: bool | None = None,
     random_seed: int | None = None,
     force: bool = False,
     stages: Stages | None = None,
@@ -84,10 +91,16 @@ def build_bundle(
             published shape.
         output: the bundle's directory; must be absent or empty.
         target: ``cpu``, ``cuda`` or ``tensorrt``: what the graph is for.
-        precision: what the weights are stored in: ``fp32`` for the CPU; ``fp16``, ``bf16`` or
-            ``int4`` for CUDA and TensorRT. None is the first of these.
-        kv_cache: what keys and values are kept in: ``same``, the type of the activations; or
-            ``fp8``, for CUDA, in half the memory.
+        precision: what the weights are stored in: ``fp32``, ``int8`` or ``int4`` for the CPU;
+            ``fp16``, ``bf16`` or ``int4`` for CUDA and TensorRT. None is the first of these.
+        kv_cache: what keys and values are kept in: ``same``, the type of the activations; ``fp8``,
+            for CUDA, in half the memory; or ``int8``, for the CPU, in a quarter.
+        block: columns that share a scale where weights have 4 bits on a CPU: 32, 64 or 128. None is
+            32.
+        calibrated: whether the weights of ``int8`` and ``int4`` for a CPU are rounded as a
+            calibration text asks for; else to the nearest: minutes less, and less exact.
+        quality: whether the predictions of the evaluation texts are measured, and kept for
+            ``llama-run eval``. None does that where weights or cache are rounded for a CPU.
         random_seed: make weights up from this seed, in the shape of ``model``.
         force: replace a bundle that is there. Other files are never removed.
         stages: where progress goes; None is silent.
@@ -101,12 +114,17 @@ def build_bundle(
             hold the model, or the graph doesn't compute what the model does.
     """
     stages = stages or Stages()
-    recipe = choose_precision(target, precision, kv_cache)
+    recipe = choose_precision(target, precision, kv_cache, block, calibrated=calibrated)
+    if target != "cpu" and quality is not None:
+        raise ExportError(f"quality is measured of bundles for the CPU, not for {target}")
+    if random_seed is not None and (quality or not calibrated):
+        raise ExportError("random weights have no quality, and are always rounded to the nearest")
     check_output(output, force=force)
     source = open_source(model, random_seed)
+    recipe = source.adapted(recipe)
     try:
         with new_directory(output) as directory:
-            return write_bundle(source, recipe, directory, stages)
+            return write_bundle(source, recipe, directory, stages, quality=quality)
     except OSError as error:
         reason = error.strerror or error
         raise ExportError(f"{output} can't be written: {reason}") from error
@@ -118,7 +136,7 @@ def verify_bundle(
     *,
     random_seed: int | None = None,
     stages: Stages | None = None,
-) -> Verification | PagedVerification:
+) -> CpuVerification | PagedVerification:
     """Check a bundle's files, then its graph against the source, whose weights are read anew.
 
     A bundle that passes records the figures in its manifest, if they are others than before and it
@@ -148,7 +166,8 @@ def verify_bundle(
                 f"{path} was built from {built_from.file} (sha256 {built_from.sha256}), not from "
                 f"{model} (sha256 {given.sha256})"
             )
-    result = _verify(bundle, source, source.weights(), stages)
+    run = not isinstance(source, RandomSource)
+    result = _verify(bundle, source, source.weights(), stages, run=run)
     figures = {**bundle.manifest.verification, **result.as_dict()}
     if result.passed and figures != bundle.manifest.verification:
         try:
@@ -180,22 +199,33 @@ def check_output(output: Path, *, force: bool) -> None:
 
 
 def write_bundle(
-    source: ModelSource, precision: Precision, directory: Path, stages: Stages
+    source: ModelSource,
+    precision: Precision,
+    directory: Path,
+    stages: Stages,
+    *,
+    quality: bool | None = None,
 ) -> Manifest:
     """Write a bundle into an empty directory, and check it; see ``build_bundle``."""
     config = source.config
+    if quality is None:
+        quality = precision.is_rounded and not isinstance(source, RandomSource)
     precision.check(config)
     layout = precision.layout(config)
     with stages("read tokenizer"):
         tokenizer = source.tokenizer()
         _write_texts(directory, tokenizer)
-    with stages("stream weights", weight_bytes(layout)) as advance:
+    what = "round weights" if precision.is_rounded else "stream weights"
+    with stages(what, weight_bytes(layout)) as advance:
         for written in write_weights(directory / WEIGHT_FILE, layout, source.pieces(precision)):
             advance(written)
     with stages("trace decoder"):
         traced = trace_skeleton(config, precision)
         save_graph(traced, directory / GRAPH_FILE, WEIGHT_FILE, weight_regions(layout))
         save_sampler(config.vocab_size, directory / SAMPLER_FILE)
+    if quality:
+        with stages("read texts", num_parameters(config)) as advance:
+            write_reference(directory, config, source.weights(), advance)
     licence_files = source.licence_files()
     for path in licence_files:
         shutil.copyfile(path, directory / path.name)
@@ -217,10 +247,14 @@ def write_bundle(
         write_manifest(directory, manifest)
     bundle = open_bundle(directory, verify="size")
     _check_text_side(bundle)
-    run = not isinstance(source, RandomSource)  # which are for measuring: that would take longest
+    # Random weights are for measuring: to run them would take longest. What is rounded runs where
+    # its quality is measured.
+    run = not isinstance(source, RandomSource) and (quality or not precision.is_rounded)
     result = _verify(bundle, source, read_weights(directory / WEIGHT_FILE), stages, run=run)
+    if isinstance(result, CpuVerification):
+        result = replace(result, finer=precision.finer)
     result.require_passed()
-    return _record(directory, manifest, result)
+    return _record(directory, manifest, {**result.as_dict(), **_recipe(precision)})
 
 
 def _verify(
@@ -230,7 +264,7 @@ def _verify(
     stages: Stages,
     *,
     run: bool = True,
-) -> Verification | PagedVerification:
+) -> CpuVerification | PagedVerification:
     """Check a bundle's graph against its source, as far as this host can.
 
     Args:
@@ -238,11 +272,11 @@ def _verify(
         source: what it was built from.
         weights: for a graph that can be run here, the parameters to run the decoder with.
         stages: where progress goes.
-        run: whether a paged graph is run, where there is a GPU.
+        run: whether a graph that is paged or rounded is run, if it can be here.
     """
     graph = next(graph for graph in bundle.manifest.graphs if graph.dialect != SAMPLER)
+    precision = precision_of(graph.dialect, graph.precision)
     if graph.dialect != SLOTS.name:
-        precision = precision_of(graph.dialect, graph.precision)
         with stages("check weights", num_paged_steps(source)) as advance:
             checked = verify_paged(bundle, source, precision, bundle.path / WEIGHT_FILE, advance)
         if graph.dialect == TENSORRT.name:
@@ -255,10 +289,26 @@ def _verify(
         with stages("run on the GPU"):
             found = check_on_device(bundle, source.config, precision, device)
             return replace(checked, device=found)
-    with stages("load source"):
-        decoder = build_decoder(source.config, weights, eager_attention)
-    with stages("verify", num_compared_tokens()) as advance:
-        return verify(bundle, decoder, advance)
+    compared = report = None
+    if not precision.is_rounded:
+        with stages("load source"):
+            decoder = build_decoder(source.config, weights, eager_attention)
+        with stages("verify", num_compared_tokens()) as advance:
+            compared = verify(bundle, decoder, advance)
+    elif not run:
+        check_graph(bundle.graph_path(graph.dialect))
+        return CpuVerification(None, None)
+    if REFERENCE_LOGPROBS in bundle.manifest.files:
+        with stages("measure quality", 100) as advance:
+            report = measure(bundle, advance)
+    elif precision.is_rounded:
+        with stages("read texts", num_parameters(source.config)) as advance:
+            reference = make_reference(
+                bundle.tokenizer_path, source.config, source.weights(), advance
+            )
+        with stages("measure quality", 100) as advance:
+            report = measure(bundle, advance, reference)
+    return CpuVerification(compared, report)
 
 
 def _check_text_side(bundle: Bundle) -> None:
@@ -273,11 +323,13 @@ def _check_text_side(bundle: Bundle) -> None:
         raise ExportError(f"the runtime can't use what was built: {error}") from error
 
 
-def _record(
-    directory: Path, manifest: Manifest, result: Verification | PagedVerification
-) -> Manifest:
+def _recipe(precision: Precision) -> dict[str, object]:
+    return {"recipe": precision.recipe} if precision.recipe else {}
+
+
+def _record(directory: Path, manifest: Manifest, figures: dict[str, object]) -> Manifest:
     """Write the figures into the model card and the manifest."""
-    manifest = replace(manifest, verification=result.as_dict())
+    manifest = replace(manifest, verification=figures)
     card = directory / MODEL_CARD
     card.write_text(model_card(manifest), encoding="utf-8")
     manifest = replace(manifest, files={**manifest.files, MODEL_CARD: describe_file(card)})

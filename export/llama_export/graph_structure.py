@@ -49,6 +49,7 @@ _ONNX_TAGS: dict[Tag, int] = {
     "F16": onnx.TensorProto.FLOAT16,
     "BF16": onnx.TensorProto.BFLOAT16,
     "U8": onnx.TensorProto.UINT8,
+    "I8": onnx.TensorProto.INT8,
 }
 _ONNX_TYPES = {
     "float16": onnx.TensorProto.FLOAT16,

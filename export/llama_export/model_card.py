@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from llama_runtime.bundle import Manifest
 from llama_runtime.contract import PAGED, SAMPLER, SLOTS, TENSORRT
 
@@ -53,10 +56,13 @@ Built with {tools}.
 
 
 def _verification(manifest: Manifest) -> str:
-    figures = manifest.verification
+    figures: Mapping[str, Any] = manifest.verification
     sentences = []
     if manifest.source.format == "random":
         sentences.append("Its weights are random numbers: it is for measuring speed.")
+    if "recipe" in figures:
+        recipe = "; ".join(f"{k.replace('_', ' ')}: {v}" for k, v in figures["recipe"].items())
+        sentences.append(f"How its weights were rounded: {recipe}.")
     if "weights_rows" in figures:
         sentences.append(
             f"Weights in {figures['weights_precision']} were compared with the source's on "
@@ -70,6 +76,14 @@ def _verification(manifest: Manifest) -> str:
             f"Verified against its source on {figures['rows']} rows of logits from a ragged batch: "
             f"they differ by at most {figures['max_logit_difference']:.2g}, and "
             f"{figures['greedy_agreement']:.1%} have the same likeliest token."
+        )
+    elif "quality" in figures:
+        quality = figures["quality"]
+        sentences.append(
+            f"Its predictions of {quality['tokens']:,} tokens of text were compared with the fp32 "
+            f"source's: the mean KL divergence is {quality['mean_kl']:.2g} nats, "
+            f"{quality['top1_agreement']:.1%} have the same likeliest token, and the perplexity is "
+            f"{quality['perplexity_ratio']:.4f} times the source's."
         )
     else:
         sentences.append("The graph was not run when the bundle was built.")

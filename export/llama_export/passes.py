@@ -11,6 +11,7 @@ import onnx_ir as ir
 from llama_export.precision import INT4_BLOCK, KV_SCALE, PRODUCTS, Precision, int4_names
 
 STORED_AS = "stored_as"  # what an initializer's notes name the tensor by that holds its bytes
+TWIN = ".factor"  # behind the name of an initializer that has another's bytes
 
 
 def fold_residuals(model: ir.Model) -> int:
@@ -116,7 +117,7 @@ def separate_factors(model: ir.Model) -> int:
         if not products or not any(use.node.op_type == "Gather" for use in uses):
             continue
         twin = ir.Value(
-            name=f"{name}.factor", type=value.type, shape=value.shape, const_value=value.const_value
+            name=f"{name}{TWIN}", type=value.type, shape=value.shape, const_value=value.const_value
         )
         twin.meta[STORED_AS] = name
         model.graph.register_initializer(twin)
@@ -324,5 +325,5 @@ def passes_of(precision: Precision) -> Iterator[Callable[[ir.Model], int]]:
         yield transpose_products
     if precision.int4:
         yield dequantise_products if precision.target == "tensorrt" else quantise_products
-    if precision.cache is not None:
+    if precision.cache is not None and precision.target == "cuda":
         yield quantise_cache

@@ -11,10 +11,10 @@ the operator MatMulNBits calls its rows and columns, and [K, N] where it is stor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,11 +23,14 @@ from numpy.typing import NDArray
 from llama_decoder.config import LlamaConfig
 from llama_decoder.weights import parameter_shapes
 from llama_export.errors import ExportError
+from llama_export.host_weights import BLOCK, BlockWeights, Int8Weights
+from llama_export.passes_cache import cache_layout
 from llama_export.weight_file import Piece, Stored, Tag
 from llama_runtime.contract import MAX_CHUNK, PAGED, SLOTS, TENSORRT, Dialect, DType
 
 INT4_BLOCK = 32  # columns that share a scale; the one block that `ep.cuda.fpa_intb_gemm` takes
 INT4_ZERO = 8  # what stands for 0 where there are no zero points
+TARGETS = {"cpu": SLOTS, "cuda": PAGED, "tensorrt": TENSORRT}
 KV_SCALE = "kv_scale"  # the one number of an fp8 graph's own: float32 [1], and that is 1
 # For which PagedAttention decodes from 8 bits in its fast kernel, if a KV head has 4, 6, 8, 16 or
 # 32 query heads; slower kernels run if not.
@@ -59,6 +62,12 @@ class Precision:
         least_agreement: share of likeliest tokens below which the weights are broken, not rounded.
         near_tie: two logits this close may change places, in standard deviations of the logits.
         cache: element type of keys and values, if it is not that of the activations.
+        quantised: for the CPU, whether its weights have 8 bits, or 4 in blocks.
+        calibrated: whether they are rounded as a calibration text asks for; else to the nearest.
+        block: columns that share a scale where weights have 4 bits.
+        kept: whether the blocks of the source are taken as they are.
+        eight_bits: matrices that have 8 bits where others have 4, beside embedding and head.
+        offset: matrices whose blocks have offsets.
     """
 
     name: str
@@ -70,6 +79,12 @@ class Precision:
     least_agreement: float = 1.0
     near_tie: float = 0.0
     cache: DType | None = None
+    quantised: Literal["int8", "int4"] | None = None
+    calibrated: bool = True
+    block: int = BLOCK
+    kept: bool = False
+    eight_bits: frozenset[str] = frozenset()
+    offset: frozenset[str] = frozenset()
 
     @property
     def dialect(self) -> Dialect:
@@ -84,20 +99,57 @@ class Precision:
     @property
     def weights(self) -> str:
         """The name of what the weights are stored in, whatever the cache is."""
-        return self.name.removesuffix(_FP8_SUFFIX)
+        return self.name.partition("+")[0]
 
     def check(self, config: LlamaConfig) -> None:
         """Refuse a model that the precision is not for, before anything is written.
 
         Raises:
-            ExportError: there is no fast kernel for a cache of that type and head dimension.
+            ExportError: there is no fast kernel for a cache of that type and head dimension, or a
+                matrix can't be cut into blocks.
         """
-        if self.cache is not None and config.head_dim not in FP8_HEAD_DIMS:
+        self.layout(config)
+        if self.cache == "float8e4m3fn" and config.head_dim not in FP8_HEAD_DIMS:
             raise ExportError(
                 f"the model has a head dimension of {config.head_dim}, and an fp8 cache needs "
                 f"{', '.join(map(str, FP8_HEAD_DIMS[:-1]))} or {FP8_HEAD_DIMS[-1]}: build with "
                 "--kv-cache same"
             )
+
+    @property
+    def recipe(self) -> dict[str, object]:
+        """What a manifest says beside the name of how a bundle for the CPU was rounded."""
+        if self.quantised is None:
+            return {}
+        how = "calibrated" if self.calibrated else "nearest"
+        block = {"block_size": self.block} if self.quantised == "int4" else {}
+        return block | {"rounding": "kept from the source" if self.kept else how}
+
+    @property
+    def finer(self) -> str | None:
+        """What rounds the weights less, in the words of a user's options; None if nothing does."""
+        if self.quantised is None or self.kept:
+            return None
+        if not self.calibrated:
+            return "build without --no-calibration"
+        return "build with --block-size 32" if self.block > BLOCK else None
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether it is for the CPU, and its weights or its cache are rounded."""
+        return self.target == "cpu" and (self.quantised is not None or self.cache is not None)
+
+    def host_weights(self, config: LlamaConfig) -> Int8Weights | BlockWeights | None:
+        """How a model's weights are stored quantised for the CPU; None if they aren't.
+
+        Raises:
+            ExportError: a matrix can't be cut into blocks.
+        """
+        if self.quantised == "int8":
+            return Int8Weights(config)
+        if self.quantised == "int4":
+            return BlockWeights(config, self.block, self.eight_bits, self.offset)
+        return None
 
     def stored_names(self, parameter: str) -> tuple[str, ...]:
         """The tensors that hold a parameter."""
@@ -111,12 +163,19 @@ class Precision:
         """
         layout: dict[str, Stored] = {}
         table = (config.max_positions + MAX_CHUNK, config.head_dim // 2)
-        shapes = parameter_shapes(config) | {"rope_cos": table, "rope_sin": table}
+        shapes: dict[str, tuple[int, ...]] = {"rope_cos": table, "rope_sin": table}
+        weights = self.host_weights(config)
+        if weights is not None:
+            layout |= weights.layout
+        else:
+            shapes = parameter_shapes(config) | shapes
         for name, shape in shapes.items():
             if self._is_int4(name):
                 layout |= zip(int4_names(name), _int4_tensors(name, shape), strict=True)
             else:
                 layout[name] = Stored(self.tag, shape[::-1] if self.is_transposed(name) else shape)
+        if self.target == "cpu" and self.cache is not None:
+            layout |= cache_layout(config)
         return layout
 
     def encode(self, parameter: str, rows: Rows) -> tuple[Piece, ...]:
@@ -139,82 +198,6 @@ class Precision:
 
     def _is_int4(self, parameter: str) -> bool:
         return self.int4 and parameter.endswith(PRODUCTS)
-
-
-TARGETS = {"cpu": SLOTS, "cuda": PAGED, "tensorrt": TENSORRT}
-KV_CACHES: dict[str, tuple[str, ...]] = {"same": tuple(TARGETS), "fp8": ("cuda",)}
-_FP8_SUFFIX = "+fp8kv"
-_WEIGHTS = (
-    Precision("fp32", "cpu", "float32", "F32"),
-    # Half of the likeliest tokens is far below any model that was stored rightly, and far above
-    # one with two matrices exchanged.
-    Precision(
-        "fp16", "cuda", "float16", "F16", transposed=True, least_agreement=0.5, near_tie=0.02
-    ),
-    Precision(
-        "bf16", "cuda", "bfloat16", "BF16", transposed=True, least_agreement=0.5, near_tie=0.1
-    ),
-    Precision("int4", "cuda", "float16", "F16", int4=True, least_agreement=0.25, near_tie=0.2),
-)
-PRECISIONS = {
-    recipe.name: recipe
-    for recipe in (
-        *_WEIGHTS,
-        *(
-            replace(recipe, name=recipe.name + _FP8_SUFFIX, cache="float8e4m3fn")
-            for recipe in _WEIGHTS
-            if recipe.target in KV_CACHES["fp8"]
-        ),
-    )
-}
-
-TENSORRT_PRECISIONS = {
-    recipe.name: replace(recipe, target="tensorrt", transposed=False)
-    for recipe in _WEIGHTS
-    if recipe.target == "cuda"
-}
-# The same graph in float32, which ONNX Runtime runs on a CPU: slowly, but so it can be checked.
-TENSORRT_CHECK = Precision("fp32", "tensorrt", "float32", "F32")
-
-
-def choose_precision(target: str, name: str | None, kv_cache: str = "same") -> Precision:
-    """The recipe of that name, or the target's first, with that cache.
-
-    Args:
-        target: what the graph is for.
-        name: what the weights are stored in.
-        kv_cache: what keys and values are: ``same`` as the activations, or ``fp8``.
-
-    Raises:
-        ExportError: the target doesn't take it; says which it takes.
-    """
-    taken = {
-        each: [
-            recipe.name
-            for recipe in (*_WEIGHTS, *TENSORRT_PRECISIONS.values())
-            if recipe.target == each
-        ]
-        for each in TARGETS
-    }
-    possible = "; ".join(f"{each} takes {' or '.join(names)}" for each, names in taken.items())
-    if target not in TARGETS:
-        raise ExportError(f"there is no target {target!r:.80}: {possible}")
-    if name is not None and name not in taken[target]:
-        raise ExportError(f"the target {target} doesn't take the precision {name:.80}: {possible}")
-    if target not in KV_CACHES.get(kv_cache, ()):
-        caches = {
-            each: " or ".join(cache for cache, targets in KV_CACHES.items() if each in targets)
-            for each in TARGETS
-        }
-        possible = "; ".join(f"{each} takes {cache}" for each, cache in caches.items())
-        raise ExportError(f"the target {target} has no cache in {kv_cache!r:.80}: {possible}")
-    full_name = (name or taken[target][0]) + (_FP8_SUFFIX if kv_cache == "fp8" else "")
-    return precision_of(TARGETS[target].name, full_name)
-
-
-def precision_of(dialect: str, name: str) -> Precision:
-    """The recipe that a manifest names for a graph."""
-    return (TENSORRT_PRECISIONS if dialect == TENSORRT.name else PRECISIONS)[name]
 
 
 def store(precision: Precision, tensors: Iterable[tuple[str, Rows]]) -> Iterator[tuple[str, Piece]]:

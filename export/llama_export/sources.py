@@ -14,8 +14,12 @@ from llama_decoder.checkpoint import Checkpoint, open_checkpoint
 from llama_decoder.config import LlamaConfig
 from llama_decoder.decoder import rope_buffers
 from llama_decoder.weights import Array
+from llama_export.calibration.windows import calibration_windows
 from llama_export.errors import ExportError
 from llama_export.gguf_tokenizer import read_gguf_tokenizer
+from llama_export.host_pieces import host_pieces
+from llama_export.host_weights import Quantised
+from llama_export.kept_blocks import as_kept, kept_blocks, kept_types
 from llama_export.precision import Precision, in_file_order, store
 from llama_export.random_weights import (
     MAX_SEED,
@@ -58,6 +62,9 @@ class ModelSource(Protocol):
     def weights(self) -> Iterator[tuple[str, Array]]:
         """Every parameter in float32, one in memory at a time, in the decoder's order."""
 
+    def adapted(self, precision: Precision) -> Precision:
+        """The recipe as it is of this model: with what the source keeps as it is."""
+
     def pieces(self, precision: Precision) -> Iterator[tuple[str, Piece]]:
         """Everything that the weight file holds, as ``write_weights`` takes it."""
 
@@ -99,8 +106,24 @@ class CheckpointSource:
         return self.checkpoint.weights()
 
     def pieces(self, precision: Precision) -> Iterator[tuple[str, Piece]]:
+        """See ``ModelSource``; what is quantised for the CPU is rounded on the calibration text."""
+        config, tables = self.config, _tables(self.config)
+        if not precision.is_rounded:
+            return store(precision, chain(self.weights(), tables))
+        windows = None
+        if precision.calibrated and not (precision.kept and precision.cache is None):
+            text = self.tokenizer().tokenizer_json
+            windows = calibration_windows(text, config.max_positions)
+        return host_pieces(config, precision, self.weights, tables, windows, self.kept(precision))
+
+    def adapted(self, precision: Precision) -> Precision:
         """See ``ModelSource``."""
-        return store(precision, chain(self.weights(), _tables(self.config)))
+        return as_kept(self.checkpoint, precision)
+
+    def kept(self, precision: Precision) -> Iterator[tuple[str, Quantised]] | None:
+        """The parameters, where those of the file are multiplied with as they are; else None."""
+        found = kept_types(self.checkpoint) if precision.kept else None
+        return None if found is None else kept_blocks(self.checkpoint, found)
 
     def record(self) -> Source:
         """Name and hash; of several files, the hash of what sha256sum prints."""
@@ -150,8 +173,18 @@ class RandomSource:
         """See ``ModelSource``."""
         return random_parameters(self.config, self.seed)
 
+    def adapted(self, precision: Precision) -> Precision:
+        """See ``ModelSource``."""
+        return precision
+
     def pieces(self, precision: Precision) -> Iterator[tuple[str, Piece]]:
-        """See ``ModelSource``; blocks are made and stored by all processors."""
+        """See ``ModelSource``; blocks are made and stored by all processors.
+
+        What is quantised for the CPU is rounded to the nearest: there is nothing to calibrate.
+        """
+        if precision.is_rounded:
+            tables = _tables(self.config)
+            return host_pieces(self.config, precision, self.weights, tables, None)
         blocks = random_blocks(self.config, self.seed, precision.encode)
         return chain(in_file_order(precision, blocks), store(precision, _tables(self.config)))
 

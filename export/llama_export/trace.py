@@ -28,10 +28,13 @@ from llama_decoder.attention import (
 from llama_decoder.config import LlamaConfig
 from llama_decoder.decoder import LlamaDecoder, Prepare
 from llama_export.errors import ExportError
+from llama_export.host_passes import CONSTANT, quantise_blocks, quantise_rows
+from llama_export.host_weights import BlockWeights, Int8Weights
 from llama_export.passes import PASSES, STORED_AS, passes_of
+from llama_export.passes_cache import quantise_slots_cache
 from llama_export.precision import KV_SCALE, Precision
 from llama_export.weight_file import Region, Tag
-from llama_runtime.contract import Dialect
+from llama_runtime.contract import SLOTS, Dialect
 
 OPSET = 23  # the first with RMSNormalization, which ONNX Runtime runs as one kernel
 OPSETS = {"tensorrt": 24}  # the first with TensorScatter
@@ -49,6 +52,7 @@ IR_TYPES: dict[Tag, ir.DataType] = {
     "F16": ir.DataType.FLOAT16,
     "BF16": ir.DataType.BFLOAT16,
     "U8": ir.DataType.UINT8,
+    "I8": ir.DataType.INT8,
 }
 # The exporter takes initializers of no more elements, if they are equal, for one.
 _COMPARED_ELEMENTS = 1024
@@ -62,6 +66,13 @@ def trace_skeleton(config: LlamaConfig, precision: Precision) -> ir.Model:
     model = trace_decoder(decoder, dialect.typed(precision.activations))
     for change in passes_of(precision):
         change(model)
+    weights = precision.host_weights(config)
+    if isinstance(weights, Int8Weights):
+        quantise_rows(model, weights)
+    elif isinstance(weights, BlockWeights):
+        quantise_blocks(model, weights)
+    if dialect.name == SLOTS.name and precision.cache is not None:
+        quantise_slots_cache(model)
     return model
 
 
@@ -161,7 +172,8 @@ def save_graph(
             exporter may have computed from parameters that mean nothing.
     """
     initializers = model.graph.initializers
-    unused = sorted(set(regions) - set(initializers))
+    used = {value.meta.get(STORED_AS, name) for name, value in initializers.items()}
+    unused = sorted(set(regions) - used)
     if unused:
         raise ExportError(f"the traced graph lost the weights {', '.join(unused[:5])}")
     for name, value in initializers.items():
@@ -170,8 +182,10 @@ def save_graph(
         if tensor is None:
             continue
         if region is not None:
-            value.const_value = _reference(tensor, region, name, path.parent / weight_file)
-        elif name == KV_SCALE and _is_one(tensor):
+            shared = STORED_AS in value.meta
+            place = path.parent / weight_file
+            value.const_value = _reference(tensor, region, name, place, shared=shared)
+        elif CONSTANT in value.meta or (name == KV_SCALE and _is_one(tensor)):
             continue
         elif tensor.dtype.is_floating_point() or tensor.nbytes > 1 << 16:
             raise ExportError(f"the traced graph holds a constant of its own: {name}")
@@ -187,12 +201,14 @@ def _is_one(tensor: ir.TensorProtocol) -> bool:
 
 
 def _reference(
-    tensor: ir.TensorProtocol, region: Region, name: str, weight_file: Path
+    tensor: ir.TensorProtocol, region: Region, name: str, weight_file: Path, *, shared: bool
 ) -> ir.ExternalTensor:
-    """An initializer as a place in the weight file."""
+    """An initializer as a place in the weight file; one that shares it may have another shape."""
     stored, shape = region.stored, tuple(tensor.shape)
     if tensor.dtype == ir.DataType.INT4:  # two in a byte, and the file has bytes by blocks
         fits = stored.tag == "U8" and tensor.nbytes == region.length
+    elif shared:
+        fits = tensor.dtype == IR_TYPES[stored.tag] and tensor.nbytes == region.length
     else:
         fits = (tensor.dtype, shape) == (IR_TYPES[stored.tag], stored.shape)
     if not fits:

@@ -24,7 +24,7 @@ from llama_export.errors import ExportError
 
 PAGE_BYTES = 4096  # where the data begins, so that a map of it is page-aligned
 
-Tag = Literal["F32", "F16", "BF16", "U8"]  # element types as a safetensors file names them
+Tag = Literal["F32", "F16", "BF16", "U8", "I8"]  # element types as a safetensors file names them
 Piece = NDArray[Any]
 
 # How numpy holds an element; it has no bfloat16, whose bits are the upper half of a float32.
@@ -33,6 +33,7 @@ NUMPY_TYPES: dict[Tag, type[np.generic]] = {
     "F16": np.float16,
     "BF16": np.uint16,
     "U8": np.uint8,
+    "I8": np.int8,
 }
 
 

@@ -11,7 +11,7 @@ from llama_decoder.decoder import rope_buffers
 from llama_decoder.tiny import random_weights, tiny_config
 from llama_export.device_check import MAX_TOKENS, PROMPT_LENGTHS, DeviceCheck, check_engine
 from llama_export.errors import ExportError
-from llama_export.precision import TENSORRT_CHECK, TENSORRT_PRECISIONS
+from llama_export.precisions import TENSORRT_CHECK, TENSORRT_PRECISIONS
 from llama_export.weight_file import write_weights
 from tests.recorded_engine import VOCAB_SIZE, Model, Recorded
 

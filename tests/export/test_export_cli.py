@@ -80,7 +80,7 @@ def test_a_precision_that_the_target_lacks_is_wrong_use(
     code, _, err = run("build", tiny_model, "-o", tmp_path / "b", *arguments)
     assert code == 2
     assert "Usage:" in err
-    assert "cpu takes fp32; cuda takes fp16 or bf16 or int4" in err
+    assert "cpu takes fp32 or int8 or int4; cuda takes fp16 or bf16 or int4" in err
     assert not (tmp_path / "b").exists()
 
 
@@ -118,7 +118,7 @@ def test_an_fp8_cache_for_the_cpu_is_wrong_use(
     code, _, err = run("build", tiny_model, "-o", tmp_path / "b", *target, "--kv-cache", "fp8")
     assert code == 2
     assert "Usage:" in err
-    assert "cpu takes same; cuda takes same or fp8" in err
+    assert "cpu takes same or int8; cuda takes same or fp8" in err
     assert not (tmp_path / "b").exists()
 
 

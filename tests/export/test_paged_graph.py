@@ -25,14 +25,8 @@ from llama_decoder.tiny import random_weights, tiny_config
 from llama_export.build import GRAPH_FILE, WEIGHT_FILE
 from llama_export.errors import ExportError
 from llama_export.graph_structure import check_structure
-from llama_export.precision import (
-    KV_SCALE,
-    PRECISIONS,
-    PRODUCTS,
-    Precision,
-    dequantise_int4,
-    store,
-)
+from llama_export.precision import KV_SCALE, PRODUCTS, Precision, dequantise_int4, store
+from llama_export.precisions import CUDA_PRECISIONS
 from llama_export.trace import save_graph, trace_skeleton
 from llama_export.weight_file import read_weights, weight_bytes, weight_regions, write_weights
 from llama_runtime.backends.ort_cpu import import_onnxruntime
@@ -41,7 +35,7 @@ CONFIGS = {
     "untied": tiny_config(num_kv_heads=1),
     "tied": tiny_config(tie_embeddings=True, num_layers=3),
 }
-CUDA = [recipe for recipe in PRECISIONS.values() if recipe.target == "cuda"]
+CUDA = [recipe for recipe in CUDA_PRECISIONS.values() if recipe.target == "cuda"]
 TYPES = {"float16": 10, "bfloat16": 16, "float8e4m3fn": 17, "int32": 6, "int64": 7}
 
 
@@ -86,14 +80,14 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """In fp16, to be broken in ways that have nothing to do with the precision."""
-    return Built(tmp_path_factory.mktemp("plain"), CONFIGS["untied"], PRECISIONS["fp16"])
+    return Built(tmp_path_factory.mktemp("plain"), CONFIGS["untied"], CUDA_PRECISIONS["fp16"])
 
 
 @pytest.fixture(scope="module")
 def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """In fp16 with keys and values in 8 bits."""
     folder = tmp_path_factory.mktemp("small")
-    return Built(folder, CONFIGS["untied"], PRECISIONS["fp16+fp8kv"])
+    return Built(folder, CONFIGS["untied"], CUDA_PRECISIONS["fp16+fp8kv"])
 
 
 def test_graph_speaks_the_contract(built: Built) -> None:
@@ -292,7 +286,7 @@ def test_a_graph_that_is_off_in_one_way_is_refused(
 
 
 def test_a_4_bit_graph_with_another_product_is_refused(tmp_path: Path) -> None:
-    built = Built(tmp_path, CONFIGS["untied"], PRECISIONS["int4"])
+    built = Built(tmp_path, CONFIGS["untied"], CUDA_PRECISIONS["int4"])
     model = built.graph()
     model.graph.node.remove(first_of(model.graph, "MatMulNBits"))
     node = first_of(model.graph, "MatMulNBits")
@@ -384,7 +378,7 @@ def test_no_other_constant_is_saved_under_the_name_of_the_scale(
 
 
 def test_a_weight_file_of_another_layout_is_refused(plain: Built) -> None:
-    plain.layout, layout = PRECISIONS["bf16"].layout(plain.config), plain.layout
+    plain.layout, layout = CUDA_PRECISIONS["bf16"].layout(plain.config), plain.layout
     with pytest.raises(ExportError, match="holds other tensors than"):
         plain.check()
     plain.layout = layout

@@ -18,24 +18,23 @@ from llama_decoder.tiny import random_weights, tiny_config
 from llama_decoder.weights import parameter_shapes
 from llama_export import cli, device_check, precision
 from llama_export.errors import ExportError
+from llama_export.host_weights import BLOCKS
 from llama_export.passes import quantise_products
 from llama_export.precision import (
     INT4_BLOCK,
-    KV_CACHES,
-    PRECISIONS,
     PRODUCTS,
     TARGETS,
-    choose_precision,
     dequantise_int4,
     in_file_order,
     int4_names,
     quantise_int4,
     store,
 )
-from llama_runtime import cuda_loading
+from llama_export.precisions import CPU_PRECISIONS, CUDA_PRECISIONS, KV_CACHES, choose_precision
+from llama_runtime import cuda_loading, slots_precision
 from llama_runtime.backends.ort_cpu import import_onnxruntime
 
-FP16, BF16, INT4 = (PRECISIONS[name] for name in ("fp16", "bf16", "int4"))
+FP16, BF16, INT4 = (CUDA_PRECISIONS[name] for name in ("fp16", "bf16", "int4"))
 KINDS = (
     *("self_attn.qkv_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
@@ -216,7 +215,7 @@ def test_the_operator_multiplies_with_what_the_bytes_stand_for() -> None:
     np.testing.assert_allclose(multiplied(rows, x), expected, rtol=2e-2, atol=3e-2)
 
 
-@pytest.mark.parametrize("recipe", PRECISIONS.values(), ids=PRECISIONS)
+@pytest.mark.parametrize("recipe", CUDA_PRECISIONS.values(), ids=CUDA_PRECISIONS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_layout_is_what_is_stored(
     recipe: precision.Precision, tied: bool, monkeypatch: pytest.MonkeyPatch
@@ -250,7 +249,7 @@ def test_int4_keeps_embedding_head_and_norms() -> None:
     assert {tags[name] for name in ("lm_head.weight", "model.norm.weight")} == {"F16"}
 
 
-@pytest.mark.parametrize("recipe", PRECISIONS.values(), ids=PRECISIONS)
+@pytest.mark.parametrize("recipe", CUDA_PRECISIONS.values(), ids=CUDA_PRECISIONS)
 def test_only_the_layers_products_in_16_bits_lie_transposed(recipe: precision.Precision) -> None:
     config = tiny_config(num_layers=2)
     layout = recipe.layout(config)
@@ -287,8 +286,24 @@ def test_a_target_has_a_default(target: str, name: str | None, chosen: str) -> N
     ("target", "name"), [("cpu", "fp16"), ("cuda", "fp32"), ("cuda", "int3"), ("tpu", None)]
 )
 def test_a_wrong_combination_says_what_is_possible(target: str, name: Any) -> None:
-    with pytest.raises(ExportError, match="cpu takes fp32; cuda takes fp16 or bf16 or int4"):
+    with pytest.raises(ExportError, match="cpu takes fp32 or int8 or int4; cuda takes fp16"):
         choose_precision(target, name)
+
+
+@pytest.mark.parametrize("name", [None, "fp32", "int8", "int4"])
+def test_an_int8_cache_goes_with_every_precision_of_a_cpu(name: str | None) -> None:
+    """And changes nothing of the weights."""
+    plain, recipe = choose_precision("cpu", name), choose_precision("cpu", name, "int8")
+    assert recipe.name == f"{name or 'fp32'}+int8kv"
+    assert recipe is CPU_PRECISIONS[recipe.name]
+    assert (plain.dialect.cache_dtype, recipe.dialect.cache_dtype) == ("float32", "int8")
+    assert replace(recipe, name=plain.name, cache=None) == plain
+    assert slots_precision._CACHES[recipe.name] == "int8"
+
+
+def test_the_runtime_knows_every_precision_of_a_cpu() -> None:
+    caches = {name: recipe.dialect.cache_dtype for name, recipe in CPU_PRECISIONS.items()}
+    assert caches == slots_precision._CACHES
 
 
 @pytest.mark.parametrize("name", [None, "fp16", "bf16", "int4"])
@@ -297,7 +312,7 @@ def test_an_fp8_cache_goes_with_every_precision_of_cuda(name: str | None) -> Non
     plain, recipe = choose_precision("cuda", name), choose_precision("cuda", name, "fp8")
     assert plain == choose_precision("cuda", name, "same")
     assert recipe.name == f"{name or 'fp16'}+fp8kv"
-    assert recipe is PRECISIONS[recipe.name]  # where verify finds what the manifest names
+    assert recipe is CUDA_PRECISIONS[recipe.name]  # where verify finds what the manifest names
     assert plain.cache is None
     assert plain.dialect.cache_dtype == plain.activations
     assert recipe.dialect.cache_dtype == recipe.cache == "float8e4m3fn"
@@ -307,21 +322,23 @@ def test_an_fp8_cache_goes_with_every_precision_of_cuda(name: str | None) -> Non
 
 
 @pytest.mark.parametrize(
-    ("target", "kv_cache"), [("cpu", "fp8"), ("cpu", "int8"), ("cuda", "int8"), ("cuda", "")]
+    ("target", "kv_cache"), [("cpu", "fp8"), ("tensorrt", "int8"), ("cuda", "int8"), ("cuda", "")]
 )
 def test_a_cache_that_the_target_lacks_says_what_is_possible(target: str, kv_cache: str) -> None:
-    with pytest.raises(ExportError, match=f"{kv_cache}.*cpu takes same; cuda takes same or fp8"):
+    with pytest.raises(
+        ExportError, match=f"{kv_cache}.*cpu takes same or int8; cuda takes same or fp8"
+    ):
         choose_precision(target, None, kv_cache)
 
 
 def test_the_runtime_knows_the_types_of_every_precision_of_cuda() -> None:
-    recipes = [recipe for recipe in PRECISIONS.values() if recipe.target == "cuda"]
+    recipes = [recipe for recipe in CUDA_PRECISIONS.values() if recipe.target == "cuda"]
     types = {r.name: (r.dialect.logits_dtype, r.dialect.cache_dtype) for r in recipes}
     assert types == cuda_loading._DTYPES
 
 
 def test_a_gpu_may_be_further_off_with_an_fp8_cache() -> None:
-    for recipe in PRECISIONS.values():
+    for recipe in CUDA_PRECISIONS.values():
         if recipe.target == "cuda":
             kind = recipe.dialect.cache_dtype
             wide = device_check.TOLERANCES[kind], device_check.NEAR_TIES[kind]
@@ -329,7 +346,7 @@ def test_a_gpu_may_be_further_off_with_an_fp8_cache() -> None:
 
 
 def test_an_fp8_cache_is_not_asked_for_by_the_name_of_a_precision() -> None:
-    with pytest.raises(ExportError, match="cpu takes fp32; cuda takes fp16 or bf16 or int4"):
+    with pytest.raises(ExportError, match="cpu takes fp32 or int8 or int4; cuda takes fp16"):
         choose_precision("cuda", "fp16+fp8kv")
 
 
@@ -347,5 +364,7 @@ def test_an_fp8_cache_needs_a_head_dimension_that_its_kernel_has(head_dim: int) 
 
 def test_the_command_offers_what_there_is() -> None:
     assert set(cli.TARGETS) == set(TARGETS)
-    assert set(cli.PRECISIONS) == {recipe.weights for recipe in PRECISIONS.values()}
+    recipes = (CPU_PRECISIONS | CUDA_PRECISIONS).values()
+    assert set(cli.PRECISIONS) == {recipe.weights for recipe in recipes}
+    assert tuple(map(str, BLOCKS)) == cli.BLOCK_SIZES
     assert set(cli.KV_CACHES) == set(KV_CACHES)

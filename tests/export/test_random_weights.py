@@ -17,7 +17,8 @@ from llama_decoder.weights import parameter_shapes
 from llama_export import precision
 from llama_export.build import build_bundle, verify_bundle
 from llama_export.errors import ExportError
-from llama_export.precision import PRECISIONS, PRODUCTS, in_file_order
+from llama_export.precision import PRODUCTS, in_file_order
+from llama_export.precisions import CPU_PRECISIONS, CUDA_PRECISIONS
 from llama_export.random_weights import random_blocks, random_parameters, random_tokenizer
 from llama_export.sources import open_source
 from llama_runtime.bundle import open_bundle
@@ -57,7 +58,7 @@ def test_bytes_depend_on_the_seed_and_on_no_number_of_threads() -> None:
 @pytest.mark.parametrize("name", ["fp16", "bf16"])
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_stored_in_blocks_they_are_the_same_as_whole(name: str, num_threads: int) -> None:
-    recipe = PRECISIONS[name]
+    recipe = (CPU_PRECISIONS | CUDA_PRECISIONS)[name]
     stored: dict[str, list[np.ndarray]] = {}
     blocks = random_blocks(CONFIG, 7, recipe.encode, num_threads)
     for parameter, piece in in_file_order(recipe, blocks):

@@ -15,7 +15,7 @@ from llama_decoder.shapes import LLAMA_3_2_1B
 from llama_decoder.tiny import tiny_config
 from llama_export.build import WEIGHT_FILE
 from llama_export.errors import ExportError
-from llama_export.precision import PRECISIONS
+from llama_export.precisions import CPU_PRECISIONS, CUDA_PRECISIONS
 from llama_export.trace import save_graph, skeleton, trace_decoder, trace_skeleton
 from llama_export.weight_file import weight_bytes, weight_regions
 from llama_runtime.contract import SLOTS
@@ -29,7 +29,7 @@ def resident_bytes() -> int:
 def test_tracing_touches_no_weights(name: str) -> None:
     """The matrices of Llama 3.2 1B, two layers: 1.6 GB in fp32, of which nothing is used."""
     config = replace(LLAMA_3_2_1B, num_layers=2)
-    recipe = PRECISIONS[name]
+    recipe = (CPU_PRECISIONS | CUDA_PRECISIONS)[name]
     trace_skeleton(tiny_config(), recipe)  # loads what every trace loads
     before = resident_bytes()
     model = trace_skeleton(config, recipe)
@@ -51,7 +51,7 @@ def test_norms_that_are_equal_in_the_model_stay_apart() -> None:
 
 def test_a_constant_that_tracing_made_is_refused(tmp_path: Path) -> None:
     """It may have been computed from parameters that mean nothing."""
-    recipe = PRECISIONS["fp16"]
+    recipe = CUDA_PRECISIONS["fp16"]
     model = trace_skeleton(tiny_config(), recipe)
     own = ir.Value(name="own", const_value=ir.tensor(np.ones(3, np.float16), name="own"))
     model.graph.register_initializer(own)
@@ -59,6 +59,6 @@ def test_a_constant_that_tracing_made_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="holds a constant of its own: own"):
         save_graph(model, tmp_path / "g.onnx", WEIGHT_FILE, regions)
     del model.graph.initializers["own"]
-    wrong = weight_regions(PRECISIONS["bf16"].layout(tiny_config()))
+    wrong = weight_regions(CUDA_PRECISIONS["bf16"].layout(tiny_config()))
     with pytest.raises(ExportError, match=r"traced graph has model\.\S* as FLOAT16"):
         save_graph(model, tmp_path / "g.onnx", WEIGHT_FILE, wrong)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,8 @@ from llama_decoder.decoder import LlamaDecoder, build_decoder, rope_buffers
 from llama_decoder.tiny import random_weights, tiny_config
 from llama_export.errors import ExportError
 from llama_export.graph_structure import check_structure
-from llama_export.precision import (
-    TENSORRT_CHECK,
-    TENSORRT_PRECISIONS,
-    Precision,
-    dequantise_int4,
-    quantise_int4,
-    store,
-)
+from llama_export.precision import Precision, dequantise_int4, quantise_int4, store
+from llama_export.precisions import TENSORRT_CHECK, TENSORRT_PRECISIONS
 from llama_export.trace import save_graph, trace_skeleton
 from llama_export.weight_file import weight_regions, write_weights
 from llama_runtime import SamplingParams
@@ -148,6 +143,7 @@ def test_the_real_model_writes_what_the_slots_dialect_writes(
     assert list(found.values()) == list(wanted.values())
 
 
+@cache
 def form(config: LlamaConfig, precision: Precision) -> list[object]:
     """All that a traced graph is, but for element types."""
     graph = trace_skeleton(config, precision).graph

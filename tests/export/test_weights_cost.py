@@ -14,11 +14,11 @@ from llama_decoder.config import LlamaConfig
 from llama_decoder.decoder import build_decoder, rope_buffers
 from llama_decoder.tiny import random_weights, tiny_config
 from llama_export.errors import ExportError
-from llama_export.precision import PRECISIONS
+from llama_export.precisions import CUDA_PRECISIONS
 from llama_export.weights_cost import compare_logits, streamed_logits
 
 PROMPTS = [[5, 300, 7], [9], [1, 2, 3, 4, 5, 6]]
-FP16 = PRECISIONS["fp16"]
+FP16 = CUDA_PRECISIONS["fp16"]
 
 
 def tensors(config: LlamaConfig) -> dict[str, torch.Tensor]:
