@@ -45,6 +45,7 @@ def test_products_and_the_engine_are_numpys_and_company_changes_nothing(
 ) -> None:
     assert complaints(figures, PROCESSOR) == []
     assert figures["products"]["products"] >= 150
+    assert figures["bytes"]["numbers"] >= 10_000
     assert figures["runtime"]["tokens"] >= 50
     assert figures["company"]["rows"] >= 100
 
@@ -63,6 +64,7 @@ def test_llama_run_batch_gives_the_tokens_of_numpy(cases: Path) -> None:
     ("part", "key", "value"),
     [
         ("products", "max_error", 4.1),
+        ("bytes", "wrong", 1),
         ("products", "other_bits", 1),
         ("runtime", "max_logit_difference", 2e-4),
         ("runtime", "max_logit_difference", float("nan")),

@@ -18,6 +18,7 @@ from tests.numpy_llama import Floats, NumpyLlama, read_weights
 # Terms by columns: odd ones, less than a vector, more terms than the kernel's block of 256.
 SHAPES = ((1, 1), (7, 5), (33, 65), (64, 192), (300, 130))
 LONGER_SHAPES = ((576, 960), (1536, 576), (1000, 333), (576, 4096), (2048, 512))
+BYTE_SHAPES = ((64, 33), (600, 70))
 NUM_ROWS = 33
 PROMPT_LENGTHS = (1, 2, 33, 34, 65, 7, 98)
 COMPLETION_LENGTHS = (20, 3, 12, 9, 7, 15, 2)
@@ -39,6 +40,8 @@ def write_cases(folder: Path, model: Path, bundle: Path, *, thorough: bool) -> N
     (folder / "bundle").symlink_to(bundle.resolve())
     for terms, columns in SHAPES + LONGER_SHAPES * thorough:
         _write_product(folder / f"product_{terms}_{columns}", terms, columns)
+    for terms, columns in BYTE_SHAPES:
+        write_byte_product(folder / f"bytes_{terms}_{columns}", terms, columns)
     reference = read_reference(model, bundle)
     write_requests(folder, reference)
     (folder / "schedules.json").write_text(str(MORE_SCHEDULES if thorough else SCHEDULES))
@@ -78,6 +81,52 @@ def _write_product(path: Path, terms: int, columns: int) -> None:
         expected=exact_x @ exact_weights,
         scale=np.abs(exact_x) @ np.abs(exact_weights),
     )
+
+
+def write_byte_product(path: Path, terms: int, columns: int) -> None:
+    """Bytes times signed bytes as int8 graphs hold them, and what whole numbers make of them.
+
+    Among them are the largest there can be, 255·127 of each term: without VNNI two of these don't
+    fit into what x86 adds them up in. The matrix lies as it is read for the first result, and is
+    turned while the graph loads for the second.
+    """
+    rng = np.random.default_rng([terms, columns])
+    codes = rng.integers(0, 256, (NUM_ROWS, terms), dtype=np.uint8)
+    matrix = rng.integers(-127, 128, (terms, columns), dtype=np.int8)
+    codes[:2], matrix[:, 0], matrix[:, 1] = 255, 127, -127
+    names = ("matrix", "turned")
+    nodes = [helper.make_node("Transpose", ["table"], ["turned"])]
+    nodes += [
+        helper.make_node(
+            "MatMulIntegerToFloat",
+            ["codes", name, "one", "scales", "zero_point"],
+            [f"y_{name}"],
+            domain="com.microsoft",
+        )
+        for name in names
+    ]
+    tensors = {
+        "matrix": matrix,
+        "table": matrix.T.copy(),
+        "one": np.array(1, np.float32),
+        "scales": np.ones(columns, np.float32),
+        "zero_point": np.array(128, np.uint8),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "bytes",
+        [helper.make_tensor_value_info("codes", TensorProto.UINT8, ["N", terms])],
+        [
+            helper.make_tensor_value_info(f"y_{name}", TensorProto.FLOAT, ["N", columns])
+            for name in names
+        ],
+        [numpy_helper.from_array(array, name) for name, array in tensors.items()],
+    )
+    domains = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=domains, ir_version=10)
+    onnx.save(model, path.with_suffix(".onnx"))
+    expected = (codes.astype(np.int64) - 128) @ matrix.astype(np.int64)
+    np.savez(path.with_suffix(".npz"), codes=codes, expected=expected)
 
 
 def write_requests(folder: Path, reference: NumpyLlama, seed: int = 1) -> None:

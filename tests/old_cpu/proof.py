@@ -7,7 +7,8 @@ QEMU's emulator knows no AVX-512 instruction: one that ran would end the process
 here has run on the kernels of the older processor alone. Three parts, the first two with 1 and with
 2 threads:
 
-1. products of 1 to 33 packed rows, and the engine on a ragged job, against numpy in float64;
+1. products of 1 to 33 packed rows, in float32 and in bytes, and the engine on a ragged job, against
+   numpy in float64 and in whole numbers;
 2. the law of company: a sequence's logits are the same bits alone and in any schedule, also where
    a kernel gives a single row other bits, which the one-row probe must find;
 3. ``llama-run batch``, whose tokens must be numpy's.
@@ -55,7 +56,7 @@ def complaints(figures: Mapping[str, Any], processor: str) -> list[str]:
     """What a worker's figures show to be wrong, a sentence each."""
     products, runtime = figures["products"], figures["runtime"]
     company, unpacked = figures["company"], figures["unpacked_company"]
-    features = figures["features"]
+    features, byte_sums = figures["features"], figures["bytes"]
     expectations = {
         f"{processor} shows {features}": (
             "AVX512F" not in features and ("AVX2" in features) is HAS_AVX2[processor]
@@ -63,6 +64,9 @@ def complaints(figures: Mapping[str, Any], processor: str) -> list[str]:
         "torch or onnx was imported": figures["torch_free"],
         f"products are off by {products['max_error']:.2f} epsilon (limit {PRODUCT_TOLERANCE})": (
             products["max_error"] <= PRODUCT_TOLERANCE
+        ),
+        f"{byte_sums['wrong']} of {byte_sums['numbers']} sums of products of bytes are wrong": (
+            byte_sums["wrong"] == 0
         ),
         f"{products['other_bits']} products of 2 and more rows have bits that depend on the rest": (
             products["other_bits"] == 0

@@ -45,6 +45,7 @@ def main() -> None:
     unpacked = Runner(bundle, open_unpacked_session(graph, threads))
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "products": lambda: products(folder, threads),
+        "bytes": lambda: byte_products(folder, threads),
         "runtime": lambda: runtime(folder, packed),
         "company": lambda: company(folder, packed),
         "unpacked_company": lambda: company(folder, unpacked),
@@ -64,6 +65,19 @@ def cpu_features() -> list[str]:
 
 
 # --- packed products ----------------------------------------------------------------------------
+
+
+def byte_products(folder: Path, threads: int) -> dict[str, Any]:
+    """Products of 1 to 33 rows of bytes: how many numbers are not those of exact arithmetic."""
+    result = {"numbers": 0, "wrong": 0}
+    for path in sorted(folder.glob("bytes_*.npz")):
+        case = np.load(path)
+        session = open_session(path.with_suffix(".onnx"), threads)
+        for count in (1, 2, 5, 12, 33):
+            for found in session.run(None, {"codes": case["codes"][:count]}):
+                result["numbers"] += found.size
+                result["wrong"] += int((found != case["expected"][:count]).sum())
+    return result
 
 
 def products(folder: Path, threads: int) -> dict[str, Any]:
