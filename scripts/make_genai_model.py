@@ -23,7 +23,7 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".genai-", dir=output.parent) as scratch:
         source, built = Path(scratch, "source"), Path(scratch, "built")
-        _dequantise(model, source)
+        dequantise(model, source)
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
         command += ["-i", str(source), "-o", str(built), "-p", "fp32", "-e", "cpu"]
         command += ["--extra_options", "hf_token=false"]
@@ -33,7 +33,8 @@ def main() -> None:
         built.rename(output)
 
 
-def _dequantise(model: Path, directory: Path) -> None:
+def dequantise(model: Path, directory: Path) -> None:
+    """Write a GGUF file as the Hugging Face directory of float32 that transformers reads it as."""
     os.environ["TQDM_DISABLE"] = "1"  # transformers' own switch leaves some bars on
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
