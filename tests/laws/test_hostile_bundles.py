@@ -17,6 +17,8 @@ from tests.hostile.bundles import HOSTILE
 from tests.hostile.measured import measured
 from tests.hostile.proof import LIMIT_BYTES, give_to_llama_run
 
+pytestmark = pytest.mark.alone  # each has a limit of time
+
 Results = dict[str, Future[tuple[str, float, int]]]
 
 

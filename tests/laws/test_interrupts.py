@@ -21,6 +21,7 @@ from tests.hostile.interrupts import interrupt_batches, interrupt_builds, run_in
 BUILD_SECONDS = 7.0
 
 
+@pytest.mark.alone
 def test_interrupted_batches_leave_whole_lines(tiny_bundle: Path, tmp_path: Path) -> None:
     bad, outcomes = interrupt_batches(tmp_path, tiny_bundle, 7, random.Random(1))
     assert not bad

@@ -250,12 +250,14 @@ def fastest(action: Callable[[], object], times: int) -> float:
     return min(seconds)
 
 
+@pytest.mark.alone
 def test_a_step_costs_the_same_however_many_wait() -> None:
     few, _ = crowded(100)
     many, _ = crowded(10_000)
     assert fastest(many.step, 20) < 3 * fastest(few.step, 20)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("order", ["forwards", "backwards", "mixed"])
 def test_giving_up_all_who_wait_takes_time_in_proportion(order: str) -> None:
     def seconds(waiting: int) -> float:

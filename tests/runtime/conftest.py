@@ -57,7 +57,7 @@ class SlowFake(Fake):
 
 loading.open_session = lambda graph, threads: None
 loading.OrtSampler = lambda *_: Reference()
-loading.OrtCpu = lambda session, geometry, *, num_slots, capacity, num_prefix_blocks: SlowFake(
+loading.OrtCpu = lambda session, geometry, *, num_slots, capacity, num_prefix_blocks, **_: SlowFake(
     num_slots, capacity, geometry.vocab_size, num_prefix_blocks=num_prefix_blocks
 )
 from llama_runtime.__main__ import main
@@ -125,6 +125,7 @@ def fake_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         num_slots: int,
         capacity: int,
         num_prefix_blocks: int,
+        **_: object,
     ) -> Fake:
         return Fake(num_slots, capacity, geometry.vocab_size, num_prefix_blocks=num_prefix_blocks)
 

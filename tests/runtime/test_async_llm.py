@@ -67,6 +67,7 @@ def backends(fake_backend: None, monkeypatch: pytest.MonkeyPatch) -> list[Watche
         num_slots: int,
         capacity: int,
         num_prefix_blocks: int,
+        **_: object,
     ) -> Watched:
         made.append(Watched(num_slots, capacity, geometry.vocab_size, num_prefix_blocks))
         return made[-1]
@@ -317,6 +318,7 @@ def test_parameters_that_do_not_match_are_refused(
 # --- the loop goes on ---------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_nothing_but_tokens_waits_for_a_step_that_hangs(two: Setup) -> None:
     async def main() -> None:
         await hung(two)

@@ -127,6 +127,7 @@ def test_each_message_is_asked_with_all_that_was_said_before(
     assert capfdbinary.readouterr().out == b"A1\nA2\n"
 
 
+@pytest.mark.alone
 def test_ctrl_c_stops_the_answer_and_keeps_what_came() -> None:
     before = signal.getsignal(signal.SIGINT)
     model = Scripted([["half", CTRL_C, "never"], ["A2"]])

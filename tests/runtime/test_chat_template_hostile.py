@@ -66,6 +66,7 @@ def test_a_template_that_does_not_compile_is_a_bundle_error(source: str) -> None
         ChatTemplate(source, {})
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "source",
     [
@@ -94,6 +95,7 @@ GROWING = (
 DEEP = "{% set n = namespace(x=[]) %}{% for i in range(30000) %}{% set n.x = [n.x] %}{% endfor %}"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "source",
     [

@@ -32,7 +32,7 @@ class SlowFake(Fake):
 
 loading.open_session = lambda graph, threads: time.sleep(loading_seconds)
 loading.OrtSampler = lambda *_: Reference()
-loading.OrtCpu = lambda session, geometry, *, num_slots, capacity, num_prefix_blocks: SlowFake(
+loading.OrtCpu = lambda session, geometry, *, num_slots, capacity, num_prefix_blocks, **_: SlowFake(
     num_slots, capacity, geometry.vocab_size, num_prefix_blocks=num_prefix_blocks
 )
 from llama_runtime.__main__ import main

@@ -23,7 +23,7 @@ from llama_runtime.backends.fake import Fake
 from llama_runtime.sampling import Reference
 loading.open_session = lambda graph, threads: None
 loading.OrtSampler = lambda *_: Reference()
-loading.OrtCpu = lambda session, geometry, *, num_slots, capacity, num_prefix_blocks: Fake(
+loading.OrtCpu = lambda session, geometry, *, num_slots, capacity, num_prefix_blocks, **_: Fake(
     num_slots, capacity, geometry.vocab_size, num_prefix_blocks=num_prefix_blocks
 )
 from llama_runtime.__main__ import main

@@ -125,6 +125,7 @@ def test_a_completion_keeps_the_space_that_opens_it() -> None:
     assert stream.push(0) + stream.push(1) + stream.finish() == " is blue"
 
 
+@pytest.mark.alone
 def test_a_large_vocabulary_becomes_a_table_quickly() -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = ["".join(pair) for pair in itertools.product(alphabet, repeat=2)]

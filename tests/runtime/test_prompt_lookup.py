@@ -227,6 +227,7 @@ def test_a_text_that_leads_astray_costs_little() -> None:
     assert 0 < drafted < 0.05 * len(text)
 
 
+@pytest.mark.alone
 def test_one_more_token_costs_the_same_after_a_long_text() -> None:
     def seconds(length: int) -> float:
         lookup = PromptLookup([i % 7 for i in range(length)])

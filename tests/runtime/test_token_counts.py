@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,6 +38,7 @@ def test_they_grow_far_past_the_room_they_begin_with() -> None:
     assert counts.token_ids.tolist() == [7, *(i for i in range(5000) if i != 7)]
 
 
+@pytest.mark.alone
 def test_one_more_costs_the_same_after_a_long_prompt() -> None:
     def seconds(length: int) -> float:
         counts = TokenCounts(range(length))

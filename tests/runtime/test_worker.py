@@ -151,6 +151,7 @@ def test_requests_of_many_threads_get_what_they_get_alone(two: Setup) -> None:
     assert [found[i] for i in range(24)] == alone
 
 
+@pytest.mark.alone
 def test_it_sleeps_while_there_is_nothing_to_do(two: Setup) -> None:
     two.ask().wait()
     steps, spent = len(two.backend.steps), time.process_time()
