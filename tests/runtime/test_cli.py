@@ -275,6 +275,7 @@ OUT_OF_RANGE = {
     "--max-batch": ("-1", "0", "1.5", "1025", "9" * 30),
     "--max-len": ("-1", "0", "1", "1.5", "513", "9" * 30),
     "--prefix-tokens": ("-1", "1.5", "9" * 30),
+    "--limit": ("-1", "0", "1.5"),
 }
 
 
@@ -293,7 +294,8 @@ def test_a_number_out_of_range_is_one_sentence_and_status_2(
     run: Run, prompts: Path, option: str
 ) -> None:
     for value in (*OUT_OF_RANGE[option], *NO_NUMBERS):
-        result = run("batch", prompts, "-q", f"{option}={value}")
+        command = ("eval",) if option == "--limit" else ("batch", prompts, "-q")
+        result = run(*command, f"{option}={value}")
         assert result.exit_code == 2, value
         last = result.stderr.splitlines()[-1]
         assert last.startswith("Error: ")
