@@ -23,14 +23,10 @@ from llama_decoder.rope import rope_tables
 from llama_decoder.weights import Array, parameter_shapes
 from llama_export.errors import ExportError
 from llama_export.quantise.layers import (
-    Layer,
-    attended,
-    gated,
     normed,
-    split_qkv,
+    pass_layer,
     take,
     take_layer,
-    window_parts,
 )
 from llama_runtime.bundle import Bundle
 from llama_runtime.bundle_limits import REFERENCE_LOGPROBS, TOKENIZER
@@ -285,20 +281,11 @@ def _last_rows(
     hidden = F.embedding(ids, embedding)  # [W, S, E]
     head = embedding if config.tie_embeddings else None
     del embedding
-    cos, sin = rope_tables(config, width)
+    tables = rope_tables(config, width)
     for index in range(config.num_layers):
         layer = take_layer(given, index)
-        for part in window_parts(hidden):
-            _forward(layer, config, hidden[part], cos, sin)
+        pass_layer(config, layer, hidden, tables)
         del layer  # before the next is read
     rows = torch.cat([hidden[i, : w.num_targets] for i, w in enumerate(windows)])
     rows = normed(rows, torch.from_numpy(take(given, "model.norm.weight")), config)
     return rows, head if head is not None else torch.from_numpy(take(given, "lm_head.weight"))
-
-
-def _forward(layer: Layer, config: LlamaConfig, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Take [W, S, E] through a layer, in place."""
-    qkv = F.linear(normed(x, layer.input_norm, config), layer.qkv)
-    x += F.linear(attended(*split_qkv(config, qkv, cos, sin)), layer.o)
-    inner = normed(x, layer.post_norm, config)
-    x += F.linear(gated(F.linear(inner, layer.gate), F.linear(inner, layer.up)), layer.down)

@@ -11,11 +11,10 @@ from llama_decoder.config import LlamaConfig
 from llama_decoder.rope import rope_tables
 from llama_export.quantise.layer_rounding import CacheMaxima
 from llama_export.quantise.layers import (
-    Layer,
     Parameters,
     Windows,
     attended,
-    gated,
+    go_on,
     normed,
     split_qkv,
     take,
@@ -54,13 +53,6 @@ def cache_maxima(
             query, *cache = split_qkv(config, x @ layer.qkv.T, *tables)
             found = torch.stack([new.abs().amax((0, 2)) for new in cache])
             peaks = torch.maximum(peaks, found)
-            _go_on(config, layer, hidden[part], attended(query, *cache))
+            go_on(config, layer, hidden[part], attended(query, *cache))
         keys, values = (peak.flatten().numpy() for peak in peaks)
         yield index, CacheMaxima(keys, values)
-
-
-def _go_on(config: LlamaConfig, layer: Layer, hidden: torch.Tensor, context: torch.Tensor) -> None:
-    """The rest of a layer, added to the hidden states."""
-    hidden += context @ layer.o.T
-    x = normed(hidden, layer.post_norm, config)
-    hidden += gated(x @ layer.gate.T, x @ layer.up.T) @ layer.down.T

@@ -127,9 +127,22 @@ def pass_layer(
     """
     for part in window_parts(hidden):
         x = normed(hidden[part], layer.input_norm, config)
-        hidden[part] += attended(*split_qkv(config, x @ layer.qkv.T, *tables)) @ layer.o.T
-        x = normed(hidden[part], layer.post_norm, config)
-        hidden[part] += gated(x @ layer.gate.T, x @ layer.up.T) @ layer.down.T
+        context = attended(*split_qkv(config, x @ layer.qkv.T, *tables))
+        go_on(config, layer, hidden[part], context)
+
+
+def go_on(config: LlamaConfig, layer: Layer, hidden: Tensor, context: Tensor) -> None:
+    """What a layer does behind its attention, in place.
+
+    Args:
+        config: the model's numbers.
+        layer: its weights as they are.
+        hidden: [W, S, E], before the layer and after it.
+        context: what attention gave, [W, S, H·D].
+    """
+    hidden += context @ layer.o.T
+    x = normed(hidden, layer.post_norm, config)
+    hidden += gated(x @ layer.gate.T, x @ layer.up.T) @ layer.down.T
 
 
 def window_parts(hidden: Tensor) -> list[slice]:
