@@ -30,5 +30,5 @@ def test_maxima_are_those_of_every_window() -> None:
 def test_a_text_that_is_too_short_is_refused_with_the_numbers() -> None:
     config = tiny_config()
     weights = random_weights(config, seed=2)
-    with pytest.raises(ExportError, match="64 tokens in whole windows, and .* needs 4,096"):
+    with pytest.raises(ExportError, match=r"64 tokens in whole windows, and .* needs 4,096"):
         list(cache_maxima(config, iter(weights.items()), np.zeros((1, 64), np.int64)))
