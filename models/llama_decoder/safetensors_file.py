@@ -1,11 +1,20 @@
-"""The weights of a Hugging Face directory: safetensors, in one file or in several with an index."""
+"""The weights of a Hugging Face directory: safetensors, in one file or in several with an index.
+
+A tensor has a map of its own, which goes when the tensor goes. The maps of the ``safetensors``
+package are of whole files: pages that were read from them count as resident as long as one of the
+file's tensors is used, or the file is open, so streaming a model would end with all of it there.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 
@@ -17,11 +26,34 @@ from llama_decoder.weights import Array, listed
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TYPES = ("F32", "F16", "BF16")
+TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """What changes when somebody writes to a file."""
+
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> _Version:
+        return cls(stat.st_size, stat.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor lies: bytes from the start of a file, as it was when its header was read."""
+
+    path: Path
+    version: _Version
+    offset: int
+    length: int
+    dtype: torch.dtype
 
 
 class SafetensorsWeights:
-    """Every tensor of a directory, memory-mapped.
+    """Every tensor of a directory, memory-mapped while it is used.
 
     Args:
         directory: holds ``model.safetensors``, or the index and the files it names.
@@ -37,7 +69,7 @@ class SafetensorsWeights:
     def __init__(self, directory: Path) -> None:
         self.files: list[Path] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._handles: dict[str, Any] = {}  # safe_open; its stub has no annotations
+        self._places: dict[str, _Place] = {}
         if (directory / SINGLE).is_file():  # as transformers, which looks for the index second
             self._open(directory / SINGLE)
         elif (directory / INDEX).is_file():
@@ -51,9 +83,24 @@ class SafetensorsWeights:
         return self._shapes
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor as the file has it, a private map of it."""
-        tensor: torch.Tensor = self._handles[name].get_tensor(name)
-        return tensor
+        """One tensor as the file has it, a private map of it.
+
+        Raises:
+            CheckpointError: the file can't be read, or has changed since it was opened.
+        """
+        place = self._places[name]
+        try:
+            with place.path.open("rb") as file:
+                if _Version.of(os.fstat(file.fileno())) != place.version:
+                    raise CheckpointError(
+                        f"{place.path} has changed since it was opened; start again when it is "
+                        "complete"
+                    )
+                mapped = np.memmap(file, np.uint8, "c", place.offset, (place.length,))
+        except OSError as error:
+            raise CheckpointError(f"{place.path} can't be read: {error.strerror}") from error
+        stored = torch.from_numpy(mapped.view(np.ndarray))
+        return stored.view(place.dtype).view(self._shapes[name])
 
     def read(self, name: str) -> Array:
         """One tensor as writable float32; a private map of the file where it is float32 there."""
@@ -61,31 +108,35 @@ class SafetensorsWeights:
         return value
 
     def _open(self, path: Path) -> list[str]:
-        """Maps one file and returns the names of its tensors."""
+        """Notes where the tensors of one file lie and returns their names."""
         refuse_disguise(path)
         try:
-            handle: Any = safetensors.safe_open(path, framework="pt")
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            version = _Version.of(path.stat())
+            handle: Any  # its stub has no annotations
+            with safetensors.safe_open(path, framework="pt") as handle:
+                slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
+                types = {name: tensor.get_dtype() for name, tensor in slices.items()}
+                shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
         except (safetensors.SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-        others = [
-            f"{quoted(name)} is {tensor.get_dtype()}"
-            for name, tensor in slices.items()
-            if tensor.get_dtype() not in TYPES
-        ]
+        others = [f"{quoted(name)} is {said}" for name, said in types.items() if said not in TYPES]
         if others:
             raise CheckpointError(
                 f"{path} has {listed('tensors of unsupported types', others)}; only "
                 f"{', '.join(TYPES)} are read: use the checkpoint that isn't quantised"
             )
         self.files.append(path)
-        for name, tensor in slices.items():
-            self._shapes[name] = tuple(tensor.get_shape())
-            self._handles[name] = handle
-        return list(slices)
+        self._shapes |= shapes
+        # The package has made sure that the tensors follow one another, up to the end of the file.
+        lengths = {name: prod(shapes[name]) * TYPES[said].itemsize for name, said in types.items()}
+        offset = version.size - sum(lengths.values())
+        for name, length in lengths.items():
+            self._places[name] = _Place(path, version, offset, length, TYPES[types[name]])
+            offset += length
+        return list(lengths)
 
     def _open_indexed(self, index: Path) -> None:
-        """Maps the files of an index, which must say exactly what they hold."""
+        """Opens the files of an index, which must say exactly what they hold."""
         weight_map = read_json(index).get("weight_map")
         self.files.append(index)
         if not isinstance(weight_map, Mapping) or not weight_map:

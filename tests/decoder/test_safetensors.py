@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
+import os
 import pickle
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +117,75 @@ def test_writing_to_a_weight_leaves_the_file_alone(directory: Path) -> None:
     for _, value in open_checkpoint(directory).weights():
         value += 1
     assert (directory / SINGLE).read_bytes() == before
+
+
+def test_types_may_differ_from_tensor_to_tensor(directory: Path) -> None:
+    types = [torch.float32, torch.bfloat16, torch.float16]
+    stored = load_file(directory / SINGLE)
+    rewrite(directory, {name: v.to(types[i % 3]) for i, (name, v) in enumerate(stored.items())})
+    expected = load_file(directory / SINGLE)
+    read = dict(open_checkpoint(directory).weights())
+    for name in (EMBEDDING, HEAD, "model.norm.weight"):
+        assert np.array_equal(read[name], expected[name].float())
+    layer = "model.layers.0.self_attn"
+    qkv = torch.cat([expected[f"{layer}.{which}_proj.weight"].float() for which in "qkv"])
+    assert np.array_equal(read[f"{layer}.qkv_proj.weight"], qkv)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_data_may_begin_anywhere(directory: Path, dtype: torch.dtype) -> None:
+    """Old writers don't fill the header up to a multiple of 8 bytes."""
+    rewrite(directory, {k: v.to(dtype) for k, v in load_file(directory / SINGLE).items()})
+    data = (directory / SINGLE).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = data[8:end] + b" "
+    (directory / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    assert_weights(directory, dtype)
+
+
+def mapped_bytes(directory: Path) -> int:
+    """Of the directory's files, in this process."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    places = [line.split()[0].split("-") for line in lines if str(directory) in line]
+    return sum(int(end, 16) - int(start, 16) for start, end in places)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_is_mapped_only_where_a_tensor_is_used(directory: Path, dtype: torch.dtype) -> None:
+    """Pages of a map count as resident: a build of any model would end with all of it."""
+    rewrite(directory, {k: v.to(dtype) for k, v in load_file(directory / SINGLE).items()})
+    split(directory)
+    checkpoint = open_checkpoint(directory)
+    assert not mapped_bytes(directory)
+    most = 0
+    for _, value in checkpoint.weights():
+        mapped = mapped_bytes(directory)
+        assert mapped < value.nbytes + 2 * mmap.PAGESIZE
+        most = max(most, mapped)
+        del value
+    assert not mapped_bytes(directory)
+    assert (most > 0) == (dtype == torch.float32)  # which is used as it lies in the file
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda path: os.truncate(path, path.stat().st_size - 1), "has changed since"),
+        (lambda path: os.truncate(path, path.stat().st_size + 1), "has changed since"),
+        (lambda path: os.utime(path, ns=(0, path.stat().st_mtime_ns + 1)), "has changed since"),
+        (Path.unlink, "can't be read: No such file"),
+    ],
+    ids=["cut short", "longer", "written to", "gone"],
+)
+def test_a_file_that_changes_while_it_is_read_is_named(
+    directory: Path, change: Callable[[Path], object], said: str
+) -> None:
+    weights = open_checkpoint(directory).weights()
+    next(weights)
+    change(directory / SINGLE)
+    with pytest.raises(CheckpointError, match=f"{SINGLE} {said}"):
+        next(weights)
 
 
 @pytest.mark.parametrize(
