@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from llama_decoder.config import LlamaConfig
 
 ZERO_POINT = 128
+NORM_STEP = float(np.float32(3.9 / 127))  # as the graph has it
+BEHIND_NORMS = ("qkv_proj.weight", "gate_proj.weight", "up_proj.weight")
 OFFSETS_SEED = 1  # with which some guesses of the law of company are right
 
 
@@ -23,6 +25,12 @@ class RowMatrix:
     """A matrix of signed bytes [N, K] that rows of unsigned bytes are multiplied with.
 
     Stands where ``NumpyLlama`` has an array: as ``x @ matrix.T``, and as a table of rows.
+
+    Args:
+        codes: of the matrix.
+        scales: of its rows, [N].
+        step: what a step of the activations stands for; None for a 127th of a row's largest.
+        turn: what activations are multiplied with first, [K, K].
     """
 
     __array_ufunc__ = None  # so that numpy leaves x @ matrix to this class
@@ -31,10 +39,11 @@ class RowMatrix:
         self,
         codes: npt.NDArray[np.int8],
         scales: npt.NDArray[np.float32],
-        of_columns: npt.NDArray[np.float32] | float = 1.0,
+        step: float | None = None,
+        turn: npt.NDArray[np.floating[Any]] | None = None,
     ) -> None:
         self._codes, self._scales = codes.astype(np.int64), scales.astype(np.float64)
-        self._of_columns = of_columns
+        self._step, self._turn = step, turn
 
     @property
     def T(self) -> RowMatrix:  # noqa: N802  as numpy calls it
@@ -42,10 +51,12 @@ class RowMatrix:
         return self
 
     def __getitem__(self, rows: Sequence[int]) -> Floats:
-        return np.asarray(self._codes[rows] * self._scales[rows, None] * self._of_columns)
+        return np.asarray(self._codes[rows] * self._scales[rows, None])
 
     def __rmatmul__(self, x: Floats) -> Floats:
-        steps = np.abs(x).max(axis=1, keepdims=True) / (ZERO_POINT - 1)
+        if self._turn is not None:
+            x = x @ self._turn
+        steps: Any = self._step or np.abs(x).max(axis=1, keepdims=True) / (ZERO_POINT - 1)
         codes = np.clip(np.rint(x / steps) + ZERO_POINT, 0, 255).astype(np.int64) - ZERO_POINT
         return np.asarray((codes @ self._codes.T) * steps * self._scales)
 
@@ -123,7 +134,6 @@ def write_rounded(
     from llama_decoder.tiny import random_weights
     from llama_decoder.weights import parameter_shapes
     from llama_export.host_pieces import host_pieces
-    from llama_export.host_weights import Int8Weights
     from llama_export.precision import PRODUCTS
     from llama_export.precisions import choose_precision
     from llama_export.trace import save_graph, trace_skeleton
@@ -143,13 +153,6 @@ def write_rounded(
     for parameter in sorted(precision.offset):  # the same numbers in every process
         place = f"{parameter}.offsets"
         pieces[place] = generator.normal(0, 0.02, layout[place].shape).astype(np.float32)
-    # A table whose columns are scaled as a head's, but for a little: the exact model is near.
-    of_columns: Any = 1.0
-    if isinstance(stored, Int8Weights) and stored.column_scales is not None:
-        of_columns = (
-            np.random.default_rng(seed).uniform(0.99, 1.01, config.hidden_size).astype(np.float32)
-        )
-        pieces[stored.column_scales] = of_columns
     if no_numbers and stored is not None:
         _, scales = stored.names("model.embed_tokens.weight")[:2]
         pieces[scales] = pieces[scales].copy()
@@ -165,7 +168,7 @@ def write_rounded(
         path.name,
         weight_regions(layout),
     )
-    numbers = _matrices(weights, pieces, stored, of_columns)
+    numbers = _matrices(weights, pieces, stored)
     named = huggingface_names(config)
     exact = {parameter: array.astype(np.float64) for parameter, array in weights.items()}
     return Rounded(
@@ -176,9 +179,7 @@ def write_rounded(
     )
 
 
-def _matrices(
-    weights: Mapping[str, Any], pieces: Mapping[str, Any], stored: Any, of_columns: Any
-) -> dict[str, Any]:
+def _matrices(weights: Mapping[str, Any], pieces: Mapping[str, Any], stored: Any) -> dict[str, Any]:
     """What stands where ``NumpyLlama`` has arrays; empty if nothing of the weights is rounded."""
     from llama_export.host_weights import EMBEDDING, Int8Weights
     from llama_export.quantise.codes import unpack
@@ -186,13 +187,17 @@ def _matrices(
     numbers: dict[str, Any] = {}
     for parameter, array in weights.items():
         if array.ndim == 1:
-            numbers[parameter] = array.astype(np.float64)
+            numbers[parameter] = pieces.get(parameter, array).astype(np.float64)
         elif isinstance(stored, Int8Weights):
             codes_name, scales_name = stored.names(parameter)
             is_table = parameter == EMBEDDING
             codes = pieces[codes_name] if is_table else pieces[codes_name].T
-            lookups = of_columns if is_table else 1.0
-            numbers[parameter] = RowMatrix(codes, pieces[scales_name], lookups)
+            numbers[parameter] = RowMatrix(
+                codes,
+                pieces[scales_name],
+                NORM_STEP if parameter.endswith(BEHIND_NORMS) else None,
+                pieces.get("lm_head.turn") if is_table else _inner_turn(parameter, array.shape[1]),
+            )
         elif stored is not None:
             packed, scales, zero_points = (pieces[part] for part in stored.names(parameter))
             product = unpack(packed, scales, zero_points, stored.bits(parameter), array.shape[1])
@@ -203,6 +208,15 @@ def _matrices(
                 None if added is None else added.T.astype(float),
             )
     return {} if stored is None else numbers
+
+
+def _inner_turn(parameter: str, columns: int) -> Floats | None:
+    """What rows that go into down are multiplied with, each 64 of them or fewer."""
+    if not parameter.endswith("down_proj.weight"):
+        return None
+    size = min(64, columns & -columns)
+    signs = [[(-1) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
+    return np.kron(np.eye(columns // size), np.array(signs) / np.sqrt(size))
 
 
 def _finite(pieces: Mapping[str, Any], layout: Iterable[str]) -> Iterator[tuple[str, Any]]:

@@ -93,8 +93,8 @@ def main() -> None:
     "--precision",
     type=click.Choice(PRECISIONS),
     help="How weights are stored. cpu takes fp32, its default: exact; int8: a quarter of the size, "
-    "the fastest for batches, close to exact; int4: an eighth for the layers' products, the "
-    "fastest for one sequence at a time, and less exact. cuda and tensorrt take fp16, their "
+    "the fastest for batches, close to exact; int4: a fifth, the fastest for one sequence at a "
+    "time, and less exact. cuda and tensorrt take fp16, their "
     "default: half the size of fp32; bf16: as small, for weights that fp16 can't hold or were "
     "trained so; int4: a quarter of that for the layers' products, for a small GPU or few "
     "sequences at once, and less exact.",

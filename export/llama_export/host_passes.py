@@ -20,6 +20,8 @@ import onnx_ir as ir
 
 from llama_export.host_weights import BlockWeights, Int8Weights
 from llama_export.passes import STORED_AS, TWIN
+from llama_export.quantise.rotation import NORM_STEP, hadamard, inner_block
+from llama_export.quantise.rounding import HEAD_TURN
 from llama_export.weight_file import NUMPY_TYPES, Stored
 
 CONSTANT = "constant"  # a note of an initializer that is part of the arithmetic, not of the model
@@ -28,12 +30,14 @@ STEPS = 127  # from 0 to a row's largest magnitude: then a byte reaches as far i
 
 
 def quantise_rows(model: ir.Model, weights: Int8Weights) -> int:
-    """Multiply bytes with bytes: each row of activations is quantised with a scale of its own.
+    """Multiply bytes with bytes: rows of activations are quantised, each on its own.
 
-    A row's scale is its largest magnitude over 127, so that rows don't depend on each other; sums
-    of bytes are exact. Rows are quantised once for all products that read them. A product leaves
-    out its rows' scales where its result is only multiplied with what will be quantised again: then
-    they are factors of the next scales, which are one number a row.
+    Rows that come out of a norm all have the same scale (``NORM_STEP``). Any other row's scale is
+    its largest magnitude over 127. So rows don't depend on each other, and sums of bytes are exact.
+    Rows are quantised once for all products that read them.
+
+    The weights are those of a turned model (``quantise.rotation``): what goes into down is turned
+    here, and what goes into a head that is the embedding too.
 
     Args:
         model: changed in place.
@@ -170,11 +174,11 @@ class _RowQuantiser:
         self._model, self._weights = model, weights
         self._one = _constant(model, "one", np.array(1, np.float32))
         self._step = _constant(model, "row_step", np.array(1 / STEPS, np.float32))
+        self._norm_step = _constant(model, "norm_step", np.array(NORM_STEP, np.float32))
         self._zero_point = _constant(model, "zero_point", np.array(ZERO_POINT, np.uint8))
         self._last_axis = _constant(model, "last_axis", np.array([-1], np.int64))
         self._column = _constant(model, "one_column", np.array([-1, 1], np.int64))
-        self._quantised: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
-        self._unscaled: dict[ir.Value, ir.Value] = {}  # results without their rows' scales
+        self._normed: dict[ir.Value, ir.Value] = {}  # the codes of what comes out of norms
         self._zero_points: dict[str, ir.Value] = {}
 
     def run(self) -> int:
@@ -189,33 +193,54 @@ class _RowQuantiser:
 
     def _change(self, product: _Product) -> None:
         nodes: list[ir.Node] = []
-        codes, scale = self._row_codes(product, nodes)
         result = _like(product.gemm.outputs[0])
-        leave_out = product.parameter.endswith("up_proj.weight")
-        raw = result
-        if not leave_out:
+        producer = product.rows.producer()
+        # A head's rows have scales of their own, which are no numbers where the rows are none: what
+        # went wrong in a sequence must be seen in its logits.
+        normed = producer is not None and producer.op_type == "RMSNormalization"
+        if normed and not _is_head(product.parameter):
+            self._multiply(
+                product, self._normed_codes(product, nodes), self._norm_step, result, nodes
+            )
+        else:
+            codes, scale = self._row_codes(product, nodes)
             raw = ir.Value(name=f"{result.name}.raw", type=result.type, shape=result.shape)
+            self._multiply(product, codes, self._one, raw, nodes)
+            if product.residual is None:
+                nodes.append(ir.Node("", "Mul", [raw, scale], outputs=[result]))
+            else:
+                inputs = [product.residual, raw, scale]
+                nodes.append(ir.Node("com.microsoft", "GatedAdd", inputs, outputs=[result]))
+        _replace(self._model, product.gemm, nodes, result)
+
+    def _multiply(
+        self,
+        product: _Product,
+        codes: ir.Value,
+        step: ir.Value,
+        result: ir.Value,
+        nodes: list[ir.Node],
+    ) -> None:
+        """The product itself, of rows of which each step stands for ``step``."""
         factor = self._factor(product, nodes)
-        scales = self._scales(product.parameter)
-        inputs = [codes, factor, self._one, scales, self._zero_point]
+        inputs = [codes, factor, step, self._scales(product.parameter), self._zero_point]
         name = product.gemm.name
         nodes.append(
-            ir.Node("com.microsoft", "MatMulIntegerToFloat", inputs, outputs=[raw], name=name)
+            ir.Node("com.microsoft", "MatMulIntegerToFloat", inputs, outputs=[result], name=name)
         )
-        if product.residual is not None:
-            inputs = [product.residual, raw, scale]
-            nodes.append(ir.Node("com.microsoft", "GatedAdd", inputs, outputs=[result]))
-        elif not leave_out:
-            nodes.append(ir.Node("", "Mul", [raw, scale], outputs=[result]))
-        _replace(self._model, product.gemm, nodes, result)
-        if leave_out:
-            self._unscaled[result] = scale
+
+    def _normed_codes(self, product: _Product, nodes: list[ir.Node]) -> ir.Value:
+        """Codes [N, E] of what comes out of a norm, made once for all products that read them."""
+        assert product.residual is None
+        rows = product.rows
+        if rows not in self._normed:
+            inputs = [rows, self._norm_step, self._zero_point]
+            self._normed[rows] = _node(nodes, "QuantizeLinear", inputs, f"{rows.name}.codes")
+        return self._normed[rows]
 
     def _row_codes(self, product: _Product, nodes: list[ir.Node]) -> tuple[ir.Value, ir.Value]:
-        """Codes [N, K] of a product's rows, and scales [N, 1] that they and the past stand for."""
-        rows = product.rows
-        if rows in self._quantised:
-            return self._quantised[rows]
+        """Codes [N, K] of a product's rows, turned, and their scales [N, 1]."""
+        rows = self._turned(product, nodes)
         name = rows.name
         magnitudes = _node(nodes, "Abs", [rows], f"{name}.magnitudes")
         largest = _node(nodes, "ReduceMax", [magnitudes, self._last_axis], f"{name}.largest")
@@ -229,12 +254,26 @@ class _RowQuantiser:
             axis=1,
             block_size=self._weights.shapes[product.parameter][1],
         )
-        producer = rows.producer()
-        for value in () if producer is None else producer.inputs:
-            if value in self._unscaled:
-                scale = _node(nodes, "Mul", [scale, self._unscaled[value]], f"{name}.whole_scale")
-        self._quantised[rows] = codes, scale
         return codes, scale
+
+    def _turned(self, product: _Product, nodes: list[ir.Node]) -> ir.Value:
+        """A product's rows as its matrix expects them."""
+        rows = product.rows
+        if product.twin:
+            turn = _initializer(self._model, HEAD_TURN, self._weights.layout[HEAD_TURN])
+            return _node(nodes, "MatMul", [rows, turn], f"{rows.name}.turned")
+        if not product.parameter.endswith("down_proj.weight"):
+            return rows
+        columns = self._weights.shapes[product.parameter][1]
+        block = inner_block(columns)
+        cut, whole = (
+            _constant(self._model, f"rows_of_{size}", np.array([-1, size], np.int64))
+            for size in (block, columns)
+        )
+        matrix = _constant(self._model, "hadamard", hadamard(block).numpy())
+        blocks = _node(nodes, "Reshape", [rows, cut], f"{rows.name}.blocks")
+        blocks = _node(nodes, "MatMul", [blocks, matrix], f"{rows.name}.turned_blocks")
+        return _node(nodes, "Reshape", [blocks, whole], f"{rows.name}.turned")
 
     def _row_zero_points(self, product: _Product, nodes: list[ir.Node]) -> ir.Value:
         """128 for each row, uint8 [N, 1] or [R, 1], made once."""
@@ -273,13 +312,7 @@ class _RowQuantiser:
         wide = _node(nodes, "Cast", [found], f"{codes_name}.wide", to=ir.DataType.FLOAT.value)
         scale = _node(nodes, "Gather", [self._scales(parameter), ids], f"{codes_name}.row_scales")
         column = _node(nodes, "Reshape", [scale, self._column], f"{codes_name}.row_scale")
-        factors = [column]
-        if self._weights.column_scales is not None:
-            name = self._weights.column_scales
-            factors.append(_initializer(self._model, name, self._weights.layout[name]))
-        for factor in factors[:-1]:
-            wide = _node(nodes, "Mul", [wide, factor], f"{codes_name}.scaled")
-        nodes.append(ir.Node("", "Mul", [wide, factors[-1]], outputs=[result]))
+        nodes.append(ir.Node("", "Mul", [wide, column], outputs=[result]))
         _replace(self._model, gather, nodes, result)
 
 

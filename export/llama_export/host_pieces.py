@@ -9,11 +9,10 @@ from numpy.typing import NDArray
 
 from llama_decoder.config import LlamaConfig
 from llama_decoder.weights import Array
-from llama_export.host_weights import EMBEDDING, BlockWeights, Int8Weights, Quantised
+from llama_export.host_weights import BlockWeights, Int8Weights, Quantised
 from llama_export.passes_cache import cache_scales
 from llama_export.precision import Precision, store
 from llama_export.quantise.cache_maxima import cache_maxima
-from llama_export.quantise.head import head_scales
 from llama_export.quantise.layer_rounding import CacheMaxima, Watch
 from llama_export.quantise.quantiser import How, checked_windows, quantise_int4, quantise_int8
 from llama_export.weight_file import Piece
@@ -77,13 +76,9 @@ def _rounded(
     watch: Watch,
 ) -> Iterator[tuple[str, Piece]]:
     how: How = "nearest" if windows is None else "feedback"
-    if isinstance(stored, BlockWeights):
-        rounded = quantise_int4(config, parameters(), windows, stored.block, how, watch)
-        yield from (piece for one in rounded for piece in stored.pieces(*one))
-        return
-    scales = None if windows is None else head_scales(config, parameters(), windows)
-    for name, value in quantise_int8(config, parameters(), windows, how, watch, scales):
-        yield from stored.pieces(name, value)
-        if name == EMBEDDING and stored.column_scales is not None:
-            ones = np.ones(config.hidden_size, np.float32)
-            yield stored.column_scales, ones if scales is None else np.reciprocal(scales)
+    rounded = (
+        quantise_int4(config, parameters(), windows, stored.block, how, watch, stored.eight_bits)
+        if isinstance(stored, BlockWeights)
+        else quantise_int8(config, parameters(), windows, how, watch)
+    )
+    yield from (piece for one in rounded for piece in stored.pieces(*one))

@@ -17,6 +17,7 @@ from llama_decoder.config import LlamaConfig
 from llama_decoder.weights import parameter_shapes
 from llama_export.errors import ExportError
 from llama_export.quantise.codes import BlockProduct, Int8Product
+from llama_export.quantise.rounding import HEAD_TURN, LAST_NORM
 from llama_export.weight_file import Piece, Stored
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -34,15 +35,11 @@ class Int8Weights:
 
     Args:
         config: the model's numbers.
-
-    Attributes:
-        column_scales: the tensor that what is looked up is multiplied with, [E], where the matrix
-            is the head too, whose columns may be scaled; else None.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
         self.shapes = parameter_shapes(config)
-        self.column_scales = f"{EMBEDDING}.column_scales" if config.tie_embeddings else None
+        self._tied = config.tie_embeddings
 
     def names(self, parameter: str) -> tuple[str, str]:
         """The tensors that hold a matrix: codes and scales."""
@@ -55,18 +52,18 @@ class Int8Weights:
         for name, shape in self.shapes.items():
             if len(shape) == 1:
                 layout[name] = Stored("F32", shape)
+                if name == LAST_NORM and self._tied:
+                    layout[HEAD_TURN] = Stored("F32", shape * 2)
                 continue
             codes, scales = self.names(name)
             layout[codes] = Stored("I8", shape if name == EMBEDDING else shape[::-1])
             layout[scales] = Stored("F32", shape[:1])
-            if name == EMBEDDING and self.column_scales is not None:
-                layout[self.column_scales] = Stored("F32", shape[1:])
         return layout
 
     def pieces(self, parameter: str, value: Quantised) -> Iterator[tuple[str, Piece]]:
         """A parameter's tensors, in file order."""
         if not isinstance(value, Int8Product):
-            yield parameter, _norm(value)
+            yield parameter, _floats(value)
             return
         codes, scales = self.names(parameter)
         yield codes, value.codes if parameter == EMBEDDING else np.ascontiguousarray(value.codes.T)
@@ -85,6 +82,9 @@ class BlockWeights:
         eight_bits: further matrices that have 8 bits.
         offset: matrices whose blocks have offsets.
 
+    Attributes:
+        eight_bits: all matrices that have 8 bits.
+
     Raises:
         ExportError: a matrix can't be cut into such blocks.
     """
@@ -98,7 +98,7 @@ class BlockWeights:
     ) -> None:
         self.shapes = parameter_shapes(config)
         self.block = block
-        self._eight_bits = {EMBEDDING, HEAD, *eight_bits}
+        self.eight_bits = frozenset({EMBEDDING, HEAD, *eight_bits})
         self._offset = frozenset(offset)
         for name, shape in self.shapes.items():
             if len(shape) > 1 and shape[1] % block:
@@ -119,7 +119,7 @@ class BlockWeights:
 
     def bits(self, parameter: str) -> int:
         """Of a weight: embedding and head matter most to the likeliest token."""
-        return 8 if parameter in self._eight_bits else 4
+        return 8 if parameter in self.eight_bits else 4
 
     @cached_property
     def layout(self) -> dict[str, Stored]:
@@ -142,7 +142,7 @@ class BlockWeights:
     def pieces(self, parameter: str, value: Quantised) -> Iterator[tuple[str, Piece]]:
         """A parameter's tensors, in file order."""
         if not isinstance(value, BlockProduct):
-            yield parameter, _norm(value)
+            yield parameter, _floats(value)
             return
         codes, scales, zero_points = self.names(parameter)
         yield codes, value.packed()
@@ -153,7 +153,28 @@ class BlockWeights:
             yield offsets, np.ascontiguousarray(value.offsets.T)
 
 
-def _norm(value: Quantised) -> Piece:
+def finer_matrices(config: LlamaConfig) -> frozenset[str]:
+    """Matrices that are rounded to 8 bits where most have 4, for 4 would cost too much there.
+
+    All of q, k and v, which are few; and down in the first and the last eighth of the layers and in
+    every third between.
+    """
+    num_layers = config.num_layers
+    eighth = num_layers // 8
+    downs = {
+        layer
+        for layer in range(num_layers)
+        if not eighth <= layer < num_layers - eighth or (layer - eighth) % 3 == 2
+    }
+    return frozenset(
+        f"model.layers.{layer}.{matrix}.weight"
+        for layer in range(num_layers)
+        for matrix in ("self_attn.qkv_proj", "mlp.down_proj")
+        if matrix == "self_attn.qkv_proj" or layer in downs
+    )
+
+
+def _floats(value: Quantised) -> Piece:
     if not isinstance(value, np.ndarray):
-        raise TypeError(f"expected a vector, got {type(value).__name__}")
+        raise TypeError(f"expected an array, got {type(value).__name__}")
     return value

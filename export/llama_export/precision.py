@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from llama_decoder.config import LlamaConfig
 from llama_decoder.weights import parameter_shapes
 from llama_export.errors import ExportError
-from llama_export.host_weights import BLOCK, BlockWeights, Int8Weights
+from llama_export.host_weights import BLOCK, BlockWeights, Int8Weights, finer_matrices
 from llama_export.passes_cache import cache_layout
 from llama_export.weight_file import Piece, Stored, Tag
 from llama_runtime.contract import MAX_CHUNK, PAGED, SLOTS, TENSORRT, Dialect, DType
@@ -148,7 +148,8 @@ class Precision:
         if self.quantised == "int8":
             return Int8Weights(config)
         if self.quantised == "int4":
-            return BlockWeights(config, self.block, self.eight_bits, self.offset)
+            eight_bits = self.eight_bits if self.kept else finer_matrices(config)
+            return BlockWeights(config, self.block, eight_bits, self.offset)
         return None
 
     def stored_names(self, parameter: str) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from llama_decoder.decoder import LlamaDecoder, Prepare
 from llama_export.errors import ExportError
 from llama_export.host_passes import CONSTANT, quantise_blocks, quantise_rows
 from llama_export.host_weights import BlockWeights, Int8Weights
-from llama_export.passes import PASSES, STORED_AS, passes_of
+from llama_export.passes import PASSES, STORED_AS, fuse_skip_norms, passes_of
 from llama_export.passes_cache import quantise_slots_cache
 from llama_export.precision import KV_SCALE, Precision
 from llama_export.weight_file import Region, Tag
@@ -71,6 +71,7 @@ def trace_skeleton(config: LlamaConfig, precision: Precision) -> ir.Model:
         quantise_rows(model, weights)
     elif isinstance(weights, BlockWeights):
         quantise_blocks(model, weights)
+        fuse_skip_norms(model)
     if dialect.name == SLOTS.name and precision.cache is not None:
         quantise_slots_cache(model)
     return model

@@ -18,7 +18,7 @@ from llama_decoder.tiny import random_weights, tiny_config
 from llama_decoder.weights import parameter_shapes
 from llama_export import cli, device_check, precision
 from llama_export.errors import ExportError
-from llama_export.host_weights import BLOCKS
+from llama_export.host_weights import BLOCKS, BlockWeights
 from llama_export.passes import quantise_products
 from llama_export.precision import (
     INT4_BLOCK,
@@ -368,3 +368,25 @@ def test_the_command_offers_what_there_is() -> None:
     assert set(cli.PRECISIONS) == {recipe.weights for recipe in recipes}
     assert tuple(map(str, BLOCKS)) == cli.BLOCK_SIZES
     assert set(cli.KV_CACHES) == set(KV_CACHES)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 16, 30])
+def test_what_costs_most_in_4_bits_has_8_unless_the_source_is_kept(num_layers: int) -> None:
+    config = tiny_config(num_layers=num_layers)
+    precision = choose_precision("cpu", "int4")
+    weights = precision.host_weights(config)
+    assert isinstance(weights, BlockWeights)
+    bits = {name: weights.bits(name) for name, shape in weights.shapes.items() if len(shape) > 1}
+    downs = [bits[name] == 8 for name in bits if name.endswith("down_proj.weight")]
+    assert len(downs) == num_layers
+    assert downs[0] or num_layers < 8
+    assert downs[-1] or num_layers < 8
+    assert 0.3 < sum(downs) / num_layers < 0.7 or num_layers < 3
+    few = ("embed_tokens.weight", "lm_head.weight", "qkv_proj.weight")
+    assert all((bits[name] == 8) == name.endswith(few) for name in bits if "down" not in name)
+    kept = replace(precision, kept=True).host_weights(config)
+    assert isinstance(kept, BlockWeights)
+    assert {name for name in bits if kept.bits(name) == 8} == {
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    }

@@ -9,6 +9,7 @@ The tensors are torch's, float32. G is the number of groups of values that have 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -130,14 +131,23 @@ def nearest_blocks(
 
 
 def nearest_channels(
-    rows: NDArray[np.float32], *, shrinks: tuple[float, ...] = SHRINKS_8
+    rows: NDArray[np.float32],
+    *,
+    shrinks: tuple[float, ...] = SHRINKS_8,
+    turn: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> Int8Product:
-    """Rows [N, K] in signed bytes, each value at the nearest level of its row's grid."""
+    """Rows [N, K] in signed bytes, each value at the nearest level of its row's grid.
+
+    Args:
+        rows: as they are given.
+        shrinks: widths to try.
+        turn: what is rounded of some of the rows, so that it needn't be in memory whole.
+    """
     num_rows, columns = rows.shape
     codes = np.empty((num_rows, columns), np.int8)
     scales = np.empty(num_rows, np.float32)
     for part in _row_parts(num_rows, columns):
-        values = torch.from_numpy(np.ascontiguousarray(rows[part]))
+        values = turn(torch.from_numpy(np.ascontiguousarray(rows[part])))
         grid = channel_grid(values, shrinks=shrinks)
         codes[part] = grid.codes(values).numpy()
         scales[part] = grid.scales.numpy()

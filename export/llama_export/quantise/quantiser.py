@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-import numpy as np
-
 from llama_decoder import names
 from llama_decoder.config import LlamaConfig
 from llama_decoder.weights import Array
@@ -25,7 +23,14 @@ from llama_export.quantise.layers import (
     take,
     take_layer,
 )
-from llama_export.quantise.rounding import Int4Rounding, Int8Rounding, Product, Rounding
+from llama_export.quantise.rotation import Rotation
+from llama_export.quantise.rounding import (
+    LAST_NORM,
+    Int4Rounding,
+    Int8Rounding,
+    Product,
+    Rounding,
+)
 
 How = Literal["feedback", "nearest"]
 Quantised = Iterator[tuple[str, Product | Array]]
@@ -39,27 +44,25 @@ def quantise_int8(
     windows: Windows | None,
     how: How = "feedback",
     watch: Watch | None = None,
-    head: Array | None = None,
 ) -> Quantised:
-    """Products in signed bytes with a scale a row, for activations in bytes with a scale a row.
+    """Products of the turned model in signed bytes with a scale a row, for activations in bytes.
 
     Args:
         config: the model's numbers.
         weights: every parameter in float32, in the decoder's order.
         windows: token ids [W, S] of the calibration text; not looked at if rounding to the nearest.
-        how: with error feedback and migration, or plainly to the nearest.
+        how: with error feedback, or plainly to the nearest.
         watch: called on the way.
-        head: what ``head_scales`` found, [E]: the last norm is divided by it and the head's matrix
-            multiplied with it. If that is the embedding too, the graph must divide by it what it
-            looks up.
 
     Yields:
-        Parameters in the decoder's order: norms in float32, all others as ``Int8Product``.
+        Parameters in the decoder's order: norms in float32, which are 1, all others as
+        ``Int8Product``; and behind the last norm, where the head is the embedding, ``HEAD_TURN``.
 
     Raises:
         ExportError: a parameter isn't the expected one or not finite, or the text is too short.
     """
-    return _quantise(config, weights, windows, how, Int8Rounding(), watch or Watch(), head)
+    rounding = Int8Rounding(Rotation(config))
+    return _quantise(config, weights, windows, how, rounding, watch or Watch())
 
 
 def quantise_int4(
@@ -69,6 +72,7 @@ def quantise_int4(
     block: int = 32,
     how: How = "feedback",
     watch: Watch | None = None,
+    eight_bits: frozenset[str] = frozenset(),
 ) -> Quantised:
     """Products in blocks of 4 bits, embedding and head in blocks of 8; see ``quantise_int8``.
 
@@ -79,6 +83,7 @@ def quantise_int4(
         block: columns that share a scale and a zero point.
         how: as there.
         watch: as there.
+        eight_bits: parameters that have 8 bits, beside embedding and head.
 
     Yields:
         Parameters in the decoder's order: norms in float32, all others as ``BlockProduct``.
@@ -86,7 +91,9 @@ def quantise_int4(
     Raises:
         ExportError: as there.
     """
-    return _quantise(config, weights, windows, how, Int4Rounding(block), watch or Watch())
+    return _quantise(
+        config, weights, windows, how, Int4Rounding(block, eight_bits), watch or Watch()
+    )
 
 
 def checked_windows(windows: Windows | None, config: LlamaConfig) -> Windows:
@@ -117,17 +124,13 @@ def _quantise(
     how: How,
     rounding: Rounding,
     watch: Watch,
-    scales: Array | None = None,
 ) -> Quantised:
     windows = checked_windows(windows, config) if how == "feedback" else None
-    (first,), (norm,), (head,) = (
-        [row.name for row in rows] for rows in (names.FIRST, names.LAST, names.UNTIED)
-    )
-    of_embedding = scales if config.tie_embeddings else None
-    table = rounding.table(_scaled(take(weights, first), of_embedding))
+    (first,), (head,) = ([row.name for row in rows] for rows in (names.FIRST, names.UNTIED))
+    table = rounding.table(take(weights, first))
     layers = None
     if windows is not None:
-        layers = LayerRounding(config, rounding, table, windows, watch, of_embedding)
+        layers = LayerRounding(config, rounding, table, windows, watch)
     yield first, table
     del table
     for index in range(config.num_layers):
@@ -135,16 +138,14 @@ def _quantise(
         yield from _nearest(layer, rounding) if layers is None else layers.rounded(layer)
         watch.progress(index + 1, config.num_layers)
         del layer
-    yield norm, _scaled(take(weights, norm), None if scales is None else np.reciprocal(scales))
+    weight = take(weights, LAST_NORM)
+    yield from rounding.last_norm(weight, config.tie_embeddings)
     if not config.tie_embeddings:
-        yield head, rounding.table(_scaled(take(weights, head), scales))
-
-
-def _scaled(value: Array, scales: Array | None) -> Array:
-    return value if scales is None else value * scales
+        yield head, rounding.table(take(weights, head), weight)
 
 
 def _nearest(layer: Layer, rounding: Rounding) -> Quantised:
+    rounding.prepare(layer)
     for field, name in parameter_names(layer.index).items():
         value = getattr(layer, field).numpy()
-        yield name, value if value.ndim == 1 else rounding.nearest(value)
+        yield name, value if value.ndim == 1 else rounding.nearest(name, value)

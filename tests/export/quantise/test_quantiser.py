@@ -17,11 +17,12 @@ from llama_decoder.weights import parameter_shapes
 from llama_export.errors import ExportError
 from llama_export.quantise import layers as layers_module
 from llama_export.quantise.codes import BlockProduct, Int8Product
-from llama_export.quantise.head import head_scales
+from llama_export.quantise.grids import nearest_channels
 from llama_export.quantise.layer_rounding import CacheMaxima, LayerRounding, Watch
-from llama_export.quantise.layers import normed, take, take_layer
+from llama_export.quantise.layers import Layer, normed, take, take_layer
 from llama_export.quantise.quantiser import MIN_TOKENS, How, quantise_int4, quantise_int8
-from llama_export.quantise.rounding import Int8Rounding, Product
+from llama_export.quantise.rotation import Rotation, turn_blocks
+from llama_export.quantise.rounding import HEAD_TURN, LAST_NORM, Int8Rounding, Product
 
 CONFIG = tiny_config()
 NORM = "model.layers.1.post_attention_layernorm.weight"
@@ -75,6 +76,10 @@ def test_every_parameter_comes_in_its_order(how: How, tied: bool) -> None:
     ):
         given = dict(stream)
         shapes = parameter_shapes(config)
+        if tied and kind == 0:
+            turn = given.pop(HEAD_TURN)
+            assert isinstance(turn, np.ndarray)
+            assert turn.shape == (config.hidden_size,) * 2
         assert list(given) == list(shapes)
         for name, value in given.items():
             if len(shapes[name]) == 1:
@@ -100,30 +105,25 @@ def test_feedback_costs_less_than_the_nearest_in_4_bits(block: int) -> None:
     assert errors[0] < 0.7 * errors[1]
 
 
-def test_nearest_leaves_norms_alone_and_feedback_moves_scale_into_them() -> None:
-    moved = dict(quantise_int8(CONFIG, iter(outlying_weights().items()), windows()))
-    norm = moved[NORM]
-    assert isinstance(norm, np.ndarray)
-    assert not np.array_equal(norm, outlying_weights()[NORM])
-    plain = dict(quantise_int8(CONFIG, iter(outlying_weights().items()), windows(), "nearest"))
-    np.testing.assert_array_equal(plain[NORM], outlying_weights()[NORM])
+class Exact(Int8Rounding):
+    """Rounds nothing, so that what is left is the turned model."""
 
-
-class _Exact(Int8Rounding):
-    """Rounds nothing, so that what is left is the forward."""
-
-    def activations(self, rows: Tensor) -> Tensor:
+    def of_norm(self, rows: Tensor) -> Tensor:
         return rows
 
-    def rough(self, weights: Tensor) -> Tensor:
-        return weights
+    def of_context(self, rows: Tensor) -> Tensor:
+        return rows
 
-    def feedback(self, weights: Tensor, factor: Tensor) -> Product:
+    def of_inner(self, rows: Tensor) -> Tensor:
+        return turn_blocks(rows)
+
+    def feedback(self, name: str, weights: Tensor, factor: Tensor) -> Product:  # noqa: ARG002
         assert factor.shape == (weights.shape[1], weights.shape[1])
         return _Kept(weights.numpy())
 
-    def table(self, rows: np.ndarray) -> Product:
-        return _Kept(rows)
+    def table(self, rows: np.ndarray, norm: np.ndarray | None = None) -> Product:
+        weight = None if norm is None else torch.from_numpy(norm)
+        return _Kept(self.rotation.table(torch.from_numpy(rows), weight).numpy())
 
 
 class _Kept(Int8Product):
@@ -139,22 +139,32 @@ class _Kept(Int8Product):
         return _Kept(self.codes[rows])
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_the_forward_is_the_decoders(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_turned_forward_is_the_decoders(
+    kv_heads: int, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(layers_module, "ROWS_AT_ONCE", 96)  # two windows at once, then one
-    config = tiny_config(num_kv_heads=kv_heads, num_layers=3)
+    # Sizes of 24 and 40 have no Hadamard matrix.
+    config = tiny_config(
+        num_kv_heads=kv_heads, num_layers=3, head_dim=24, intermediate_size=40, tie_embeddings=tied
+    )
     ids = windows(count=5, length=48)
     weights = outlying_weights(config)
+    weights["model.norm.weight"][[3, 40]] *= 25
     seen: list[CacheMaxima] = []
     watch = Watch(cache=lambda _, maxima: seen.append(maxima))
     given = iter(weights.items())
-    table = _Kept(take(given, "model.embed_tokens.weight"))
-    rounding = LayerRounding(config, _Exact(), table, ids, watch, None)
+    exact = Exact(Rotation(config))
+    table = exact.table(take(given, "model.embed_tokens.weight"))
+    rounding = LayerRounding(config, exact, table, ids, watch)
     for index in range(config.num_layers):
-        rounded = dict(rounding.rounded(take_layer(given, index)))
-        for name, value in rounded.items():
+        for name, value in rounding.rounded(take_layer(given, index)):
             kept = value if isinstance(value, np.ndarray) else value.dequantise()
-            np.testing.assert_array_equal(kept, weights[name])
+            assert kept.shape == weights[name].shape
+    norm = take(given, LAST_NORM)
+    (_, ones), *turns = exact.last_norm(norm, tied)
+    head = table if tied else exact.table(take(given, "lm_head.weight"), norm)
     decoder = build_decoder(config, weights.items())
     keys = torch.zeros(config.num_layers, kv_heads, config.head_dim)
     for window, hidden in zip(torch.from_numpy(ids), rounding.hidden, strict=True):
@@ -169,45 +179,58 @@ def test_the_forward_is_the_decoders(kv_heads: int, monkeypatch: pytest.MonkeyPa
         cache = decoder.empty_cache(1, count)
         with torch.no_grad():
             expected, present = decoder(window, torch.arange(count), places, cache)
-            got = decoder.lm_head(decoder.model.norm(hidden))
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        rows = normed(hidden, torch.from_numpy(ones), config)
+        for _, turn in turns:
+            rows = rows @ torch.from_numpy(turn)
+        got = rows @ torch.from_numpy(head.dequantise()).T
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
         latest = torch.stack([key.abs().amax((0, 2)) for key, _ in present])
         keys = torch.maximum(keys, latest)
     for layer, maxima in enumerate(seen):
         np.testing.assert_allclose(maxima.keys, keys[layer].flatten(), rtol=1e-4)
     assert len(seen) == config.num_layers
+    assert len(turns) == tied
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_head_s_scale_changes_no_result_and_makes_its_error_less(tied: bool) -> None:
-    config = tiny_config(tie_embeddings=tied, num_layers=1)
-    weights = random_weights(config, seed=5)
-    weights["model.norm.weight"][[3, 40]] *= 25
-    scales = head_scales(config, iter(weights.items()), windows(config))
-    assert scales.shape == (config.hidden_size,)
-    keys: list[np.ndarray] = []
-    watch = Watch(cache=lambda _, maxima: keys.append(maxima.keys))
-    moved, plain = (
-        dequantised(
-            quantise_int8(config, iter(weights.items()), windows(config), watch=watch, head=head)
-        )
-        for head in (scales, None)
-    )
-    hidden = torch.randn(200, config.hidden_size, generator=torch.Generator().manual_seed(0))
-    rounding = Int8Rounding()
-    matrix = "model.embed_tokens.weight" if tied else "lm_head.weight"
+def test_int8_of_a_model_with_outliers_is_better_turned() -> None:
+    """Against the same weights rounded to the nearest as they are, activations too."""
+    ids = windows(count=1, length=200)
+    weights = random_weights(CONFIG, seed=5)
+    for layer in range(CONFIG.num_layers):  # what the residual stream gets has few large channels
+        for writer in ("self_attn.o_proj", "mlp.down_proj"):
+            weights[f"model.layers.{layer}.{writer}.weight"][[3, 40]] *= 25
+    rounded: list[Tensor] = []
+    turned = Int8Rounding(Rotation(CONFIG))
+    for rounding in (Exact(Rotation(CONFIG)), turned, _AsItIs(Rotation(CONFIG))):
+        given = iter(weights.items())
+        table = rounding.table(take(given, "model.embed_tokens.weight"))
+        layers = LayerRounding(CONFIG, rounding, table, ids, Watch())
+        for index in range(CONFIG.num_layers):
+            list(layers.rounded(take_layer(given, index)))
+        states = layers.hidden
+        if isinstance(rounding, _AsItIs):
+            states = rounding.rotation.table(states)
+        rounded.append(states)
+    exact, *others = rounded
+    errors = [float((states - exact).square().sum(-1).median()) for states in others]
+    assert errors[0] < 0.5 * errors[1]
 
-    def head_error(given: dict[str, np.ndarray]) -> float:
-        x, norm = normed(hidden, torch.ones(config.hidden_size), config), "model.norm.weight"
-        expected = x * torch.from_numpy(weights[norm]) @ torch.from_numpy(weights[matrix]).T
-        rows = rounding.activations(x * torch.from_numpy(given[norm]))
-        return float((rows @ torch.from_numpy(given[matrix]).T - expected).square().mean())
 
-    assert head_error(moved) < 0.3 * head_error(plain)
-    # What comes out of the embedding is the same, if divided by the scales where it is the head.
-    embedding = moved["model.embed_tokens.weight"] / (scales if tied else 1)
-    np.testing.assert_allclose(embedding, weights["model.embed_tokens.weight"], atol=0.02)
-    np.testing.assert_allclose(keys[0], keys[1], rtol=0.05)  # and so went through the layer
+class _AsItIs(Int8Rounding):
+    """Turns nothing."""
+
+    def prepare(self, layer: Layer) -> None:
+        """Leave it."""
+
+    def of_norm(self, rows: Tensor) -> Tensor:
+        return self.of_context(rows)
+
+    def of_inner(self, rows: Tensor) -> Tensor:
+        return self.of_context(rows)
+
+    def table(self, rows: np.ndarray, norm: np.ndarray | None = None) -> Product:
+        assert norm is None
+        return nearest_channels(rows)
 
 
 def test_one_layer_is_in_memory_at_a_time() -> None:
