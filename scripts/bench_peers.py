@@ -4,6 +4,7 @@
     mixed    256 requests of 16 to 256 tokens in and out, 32 at a time
     prompt   a prompt of 512 tokens and one new token
     1b       decode in the shape of Llama-3.2-1B, random weights, against peers of the same bits
+    quality  how far predictions of the evaluation texts are from the fp32 source's
 
 Every worker is a process with its model loaded; they compute in turns, on the same prompts, text in
 and text out. A figure is the median of its rounds, a ratio that of the rounds of one run.
@@ -27,6 +28,7 @@ from scripts.fetch_model import OUTPUT as SMOLLM2
 from scripts.make_genai_model import dequantise
 from scripts.peers.compare import Runner
 from scripts.peers.contest import Contest
+from scripts.peers.quality import holds_reference, qualities
 from scripts.peers.recipes import (
     ENVIRONMENTS,
     PEERS,
@@ -38,7 +40,7 @@ from scripts.peers.recipes import (
     peers_of,
     versions,
 )
-from scripts.peers.works import ASKED, MAX_LEN, SLOTS, WORKS, Texts, cases
+from scripts.peers.works import ASKED, MAX_LEN, QUALITY, SLOTS, WORKS, Texts, cases
 
 LARGE = "Llama-3.2-1B"
 BITS = {"fp32": 32, "int8": 8, "int4": 4}
@@ -113,7 +115,8 @@ def contest(
         failed: by environment, why it couldn't be installed.
 
     Returns:
-        By case what ``Contest.run`` returns, then "settings" and "idle_cpu" by name.
+        By case what ``Contest.run`` returns, and what ``qualities`` returns; then "settings" and
+        "idle_cpu" by name.
     """
     common = ["--threads", str(options.threads), "--slots", str(SLOTS), "--max-len", str(MAX_LEN)]
     logs = options.venvs / "logs" / source.folder.name
@@ -147,8 +150,13 @@ def contest(
                 )
         results["settings"] = contestants.settings
         results["idle_cpu"] = contestants.idle()
-    busiest = max(results["idle_cpu"].items(), key=lambda item: item[1], default=("none", 0.0))
-    print(f"idle workers used {busiest[1]:.1%} of a processor at most ({busiest[0]})", flush=True)
+        if QUALITY in works:
+            ours = {f"caravan-{name}": bundle for name, bundle in bundles.items()}
+            given_file = [peer.name for peer in PEERS if peer.model is None]
+            results[QUALITY] = qualities(contestants, ours, given_file, options.threads)
+    if works != [QUALITY]:  # which nothing is timed in
+        busiest = max(results["idle_cpu"].items(), key=lambda item: item[1], default=("none", 0.0))
+        print(f"idle workers used {busiest[1]:.1%} of a processor at most ({busiest[0]})")
     return results
 
 
@@ -172,8 +180,14 @@ def parsed(arguments: list[str]) -> Options:
         for name in names:
             if name not in known:
                 parser.error(f"there is no {name!r:.80}; there are {', '.join(known)}")
+    bundles = _bundles(parser, given.bundle)
+    if QUALITY in works and bundles and not any(map(holds_reference, bundles.values())):
+        parser.error(
+            "quality needs a --bundle that was built with --quality: give one, or leave quality "
+            "out of --work"
+        )
     return Options(
-        bundles=_bundles(parser, given.bundle),
+        bundles=bundles,
         large_bundles=_bundles(parser, given.bundle_1b),
         works=works,
         peers=peers,

@@ -34,7 +34,7 @@ def load(options: Options) -> Loaded:
     def count(text: str) -> int:
         return len(llm.tokenizer.encode(text))
 
-    return Loaded(generate, count, {"slots": llm.max_batch, "max_len": llm.max_len})
+    return Loaded(generate, count, settings={"slots": llm.max_batch, "max_len": llm.max_len})
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ class Contest:
     """Loaded workers, one of which computes at a time.
 
     Attributes:
+        workers: those that loaded.
         notes: by name, why one can't take part at all.
         settings: by name, what a worker said that it set.
     """
 
     def __init__(self) -> None:
-        self._workers: dict[Runner, Worker] = {}
+        self.workers: dict[Runner, Worker] = {}
         self._texts: dict[Runner, Texts] = {}
         self._idle: dict[Runner, list[float]] = {}
         self.notes: dict[str, str] = {}
@@ -34,7 +35,7 @@ class Contest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._workers.values():
+        for worker in self.workers.values():
             worker.close()
 
     def enter(self, runner: Runner, command: list[str], texts: Texts, log: Path) -> None:
@@ -44,7 +45,7 @@ class Contest:
         except WorkerError as error:
             self.notes[runner.name] = str(error)
             return
-        self._workers[runner], self._texts[runner] = worker, texts
+        self.workers[runner], self._texts[runner] = worker, texts
         self._idle[runner] = [0.0, 0.0]
         self.settings[runner.name] = worker.settings
 
@@ -62,7 +63,7 @@ class Contest:
         """
         notes = dict(self.notes)
         warm_up: dict[Runner, float] = {}
-        for runner in self._workers:
+        for runner in self.workers:
             self._turn(runner, case, 0, warm_up, notes)
         dropped = slow(warm_up, drop, by_bits=by_bits)
         for runner in dropped:
@@ -102,10 +103,10 @@ class Contest:
         seconds: dict[Runner, float],
         notes: dict[str, str],
     ) -> None:
-        worker = self._workers[runner]
+        worker = self.workers[runner]
         prompts = self._texts[runner].prompts(case, number)
         time.sleep(SETTLE_SECONDS)
-        before = {other: self._workers[other].cpu_seconds() for other in self._workers}
+        before = {other: self.workers[other].cpu_seconds() for other in self.workers}
         started = time.perf_counter()
         try:
             if number == 0:
@@ -116,7 +117,7 @@ class Contest:
         waited = time.perf_counter() - started
         for other, used in before.items():
             if other != runner:
-                self._idle[other][0] += max(0.0, self._workers[other].cpu_seconds() - used)
+                self._idle[other][0] += max(0.0, self.workers[other].cpu_seconds() - used)
                 self._idle[other][1] += waited
 
 

@@ -17,6 +17,8 @@ from scripts.peers.protocol import Loaded, Options, Output, fixed_batches, serve
 def load(options: Options) -> Loaded:
     """Load the model and the tokenizer that lies beside it."""
     import ctranslate2
+    import numpy as np
+    import numpy.typing as npt
     from tokenizers import Tokenizer
 
     generator = ctranslate2.Generator(
@@ -68,8 +70,13 @@ def load(options: Options) -> Loaded:
     def count(text: str) -> int:
         return len(tokenizer.encode(text).ids)
 
+    def logits(tokens: list[int]) -> npt.NDArray[np.float32]:
+        found = generator.forward_batch([tokens], return_log_probs=False)
+        rows: npt.NDArray[np.float32] = np.array(found.to(ctranslate2.DataType.float32))[0]
+        return rows
+
     settings = {"compute_type": generator.compute_type, "batching": "fixed, by length of prompt"}
-    return Loaded(generate, count, settings)
+    return Loaded(generate, count, logits, settings)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ def load(options: Options) -> Loaded:
     """Load the model and its tokenizer."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read once, while the library loads
     import numpy as np
+    import numpy.typing as npt
     import onnxruntime_genai as og
 
     config = og.Config(str(options.model))
@@ -57,7 +58,15 @@ def load(options: Options) -> Loaded:
     def count(text: str) -> int:
         return len(tokenizer.encode(text))
 
-    return Loaded(generate, count, {"batching": "fixed, by number of new tokens"})
+    def logits(tokens: list[int]) -> npt.NDArray[np.float32]:
+        params = og.GeneratorParams(model)
+        params.set_search_options(batch_size=1, max_length=len(tokens) + 1, do_sample=False)
+        generator = og.Generator(model, params)
+        generator.append_tokens(np.array([tokens], np.int32))
+        rows: npt.NDArray[np.float32] = generator.get_output("logits")[0]
+        return rows
+
+    return Loaded(generate, count, logits, {"batching": "fixed, by number of new tokens"})
 
 
 if __name__ == "__main__":

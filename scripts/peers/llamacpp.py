@@ -87,8 +87,7 @@ class Model:
                 running.append(waiting.popleft())
                 running[-1].slot = free.pop()
             ends = self._fill(running)
-            if status := self.api.llama_decode(self._context, self._batch):
-                raise RuntimeError(f"llama_decode failed with {status}")
+            self._decode()
             for row, place in ends:
                 row.made.append(self._likeliest(place))
                 if len(row.made) == row.wanted:
@@ -96,31 +95,59 @@ class Model:
                     free.append(row.slot)
                     self.api.llama_memory_seq_rm(self._memory, row.slot, -1, -1)
 
+    def logits(self, tokens: list[int]) -> Any:
+        """What is predicted after each of some tokens, float32 [T, V], in the same steps."""
+        import numpy as np
+
+        self.api.llama_memory_clear(self._memory, False)
+        parts = []
+        for start in range(0, len(tokens), BATCH):
+            part = tokens[start : start + BATCH]
+            for place, token in enumerate(part):
+                self._put(place, token, start + place, 0, wanted=True)
+            self._batch.n_tokens = len(part)
+            self._decode()
+            parts.append(np.stack([self._row(place) for place in range(len(part))]))
+        return np.concatenate(parts)
+
     def _fill(self, running: list[Row]) -> list[tuple[Row, int]]:
         """The next batch: rows whose next token it finds, with their places in it."""
-        batch, count, ends = self._batch, 0, []
+        count, ends = 0, []
         # Those that decode come first: none waits for another's prompt.
         for row in sorted(running, key=lambda row: not row.made):
             whole = row.tokens + row.made
             part = whole[row.done : row.done + BATCH - count]
             for token in part:
-                batch.token[count] = token
-                batch.pos[count] = row.done
-                batch.n_seq_id[count] = 1
-                batch.seq_id[count][0] = row.slot
+                last = row.done + 1 == len(whole)
+                self._put(count, token, row.done, row.slot, wanted=last)
                 row.done += 1
-                batch.logits[count] = row.done == len(whole)
                 count += 1
             if part and row.done == len(whole):
                 ends.append((row, count - 1))
-        batch.n_tokens = count
+        self._batch.n_tokens = count
         return ends
 
-    def _likeliest(self, place: int) -> int:
+    def _put(self, place: int, token: int, position: int, slot: int, *, wanted: bool) -> None:
+        """A token into the next batch; ``wanted`` is what it predicts."""
+        batch = self._batch
+        batch.token[place] = token
+        batch.pos[place] = position
+        batch.n_seq_id[place] = 1
+        batch.seq_id[place][0] = slot
+        batch.logits[place] = wanted
+
+    def _decode(self) -> None:
+        if status := self.api.llama_decode(self._context, self._batch):
+            raise RuntimeError(f"llama_decode failed with {status}")
+
+    def _row(self, place: int) -> Any:
         import numpy as np
 
         logits = self.api.llama_get_logits_ith(self._context, place)
-        return int(np.ctypeslib.as_array(logits, (self._vocab_size,)).argmax())
+        return np.ctypeslib.as_array(logits, (self._vocab_size,))
+
+    def _likeliest(self, place: int) -> int:
+        return int(self._row(place).argmax())
 
 
 def load(options: Options) -> Loaded:
@@ -140,7 +167,8 @@ def load(options: Options) -> Loaded:
         return len(model.tokenize(text))
 
     system = model.api.llama_print_system_info().decode()
-    return Loaded(generate, count, {"batch": BATCH, "kv_unified": UNIFIED, "system": system})
+    settings = {"batch": BATCH, "kv_unified": UNIFIED, "system": system}
+    return Loaded(generate, count, model.logits, settings)
 
 
 if __name__ == "__main__":

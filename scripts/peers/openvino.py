@@ -8,8 +8,10 @@ activations are quantised (``DYNAMIC_QUANTIZATION_GROUP_SIZE``), and an 8-bit ca
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+from scripts.peers.openvino_logits import Reader, check
 from scripts.peers.protocol import Loaded, Options, Output, serve
 
 SCHEDULED_TOKENS = 512  # of one step; the library's own 256 makes the prompts of 512 tokens slower
@@ -33,7 +35,10 @@ def load(options: Options) -> Loaded:
     scheduler.cache_size = CACHE_GB
     scheduler.dynamic_split_fuse = True
     scheduler.enable_prefix_caching = False
-    properties = {"INFERENCE_NUM_THREADS": options.threads, "PERFORMANCE_HINT": "LATENCY"}
+    properties: dict[str, Any] = {
+        "INFERENCE_NUM_THREADS": options.threads,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
     pipeline = openvino_genai.ContinuousBatchingPipeline(
         str(options.model), scheduler, "CPU", properties
     )
@@ -56,10 +61,19 @@ def load(options: Options) -> Loaded:
     def count(text: str) -> int:
         return int(tokenizer.encode(text).input_ids.shape[1])
 
+    @cache
+    def reader() -> Reader:  # a second copy of the model, only where it is asked for
+        return Reader(options.model, properties)
+
+    def logits(tokens: list[int]) -> Any:
+        rows = reader().logits(tokens)
+        check(rows, tokens, pipeline)
+        return rows
+
     core = openvino.Core()
     settings = {name: str(core.get_property("CPU", name)) for name in REPORTED}
     settings |= {"max_num_batched_tokens": str(SCHEDULED_TOKENS), "cache_GB": str(CACHE_GB)}
-    return Loaded(generate, count, settings)
+    return Loaded(generate, count, logits, settings)
 
 
 if __name__ == "__main__":

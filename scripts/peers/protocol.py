@@ -4,7 +4,9 @@ A worker loads its model, says what it set in one line, and then answers request
 standard input ends. A request is {"prompts": texts, "max_new_tokens": one number a prompt}; the
 answer {"seconds", "output_tokens", "texts"}, or {"error"}. The clock runs over the whole call:
 text in, text out. End tokens are ignored, so that all workers make as many tokens. A request
-{"count": texts} is answered by {"counts"}: the tokens that the worker makes of each text.
+{"count": texts} is answered by {"counts"}: the tokens that the worker makes of each text. A request
+{"tokens": ids, "output": path} asks what the model predicts after each of them, from an empty
+cache on: the logits go into that file, as float32 [T, V] and nothing else, and {"shape"} back.
 
 Only the standard library is imported here: this runs in every peer's environment.
 """
@@ -54,6 +56,7 @@ class Output:
 
 
 Generate = Callable[[list[str], list[int]], Output]
+Logits = Callable[[list[int]], Any]
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,14 @@ class Loaded:
     Attributes:
         generate: continues prompts, each by as many tokens as asked.
         count: how many tokens a prompt is.
+        logits: what the model predicts after each of some tokens, from an empty cache on: a numpy
+            array [T, V] of float32. None where the peer doesn't say.
         settings: what was set, for the report.
     """
 
     generate: Generate
     count: Callable[[str], int]
+    logits: Logits | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -92,12 +98,24 @@ def answer(loaded: Loaded, request: dict[str, Any]) -> dict[str, Any]:
     try:
         if "count" in request:
             return {"counts": [loaded.count(text) for text in request["count"]]}
+        if "tokens" in request:
+            return {"shape": _write_logits(loaded, request["tokens"], request["output"])}
         started = time.perf_counter()
         output = loaded.generate(request["prompts"], request["max_new_tokens"])
         seconds = time.perf_counter() - started
     except Exception as error:  # a peer may raise anything, and the others go on
         return {"error": f"{type(error).__name__}: {error}"}
     return {"seconds": seconds, "output_tokens": output.output_tokens, "texts": output.texts}
+
+
+def _write_logits(loaded: Loaded, tokens: list[int], output: str) -> list[int]:
+    if loaded.logits is None:
+        raise ValueError("it gives no logits")
+    found = loaded.logits(tokens)
+    if str(found.dtype) != "float32":
+        raise ValueError(f"its logits are {found.dtype}, not float32")
+    found.tofile(output)
+    return list(found.shape)
 
 
 def fixed_batches(lengths: list[int], size: int) -> list[list[int]]:

@@ -87,3 +87,17 @@ def test_llama_cpp_rows_get_in_batches_what_they_get_alone(
         assert row.made == whole[len(row.tokens) :]
     assert max(map(len, fake.steps)) == 4  # as many at once as there are slots
     assert len(fake.steps) < 50  # and they ran together: one by one they'd take 61
+
+
+def test_llama_cpp_s_logits_are_of_each_token_from_an_empty_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeLlama()
+    monkeypatch.setitem(sys.modules, "llama_cpp", fake)
+    model = llamacpp.Model(Options(Path("any"), threads=1, slots=4, max_len=900))
+    for length in (3, 700, 1):  # 700 take two steps
+        tokens = [i % 89 + 1 for i in range(length)]
+        found = model.logits(tokens)
+        assert found.shape == (length, fake.vocab_size)
+        wanted = [fake.next(tokens[: i + 1]) for i in range(length)]
+        assert found.argmax(axis=1).tolist() == wanted

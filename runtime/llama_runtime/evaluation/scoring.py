@@ -18,7 +18,7 @@ import numpy.typing as npt
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.bundle import Bundle
 from llama_runtime.contract import PROMPT_CHUNK, SLOTS, cache_capacity, last_chunk_start
-from llama_runtime.evaluation.partition import divergences, predictions
+from llama_runtime.evaluation.partition import Logits, divergences, predictions
 from llama_runtime.evaluation.reference import Reference, Window, read_reference
 from llama_runtime.evaluation.report import Figures, QualityReport, Scores
 from llama_runtime.loading import plan
@@ -136,25 +136,43 @@ def score(
     total = sum(reference.windows[number].num_targets for number in chosen)
     done = 0
     for number in chosen:
-        window, first = reference.windows[number], int(reference.starts[number])
-        targets = np.array(window.tokens[1:])
-        for step, start, end in window_steps(window.tokens[:-1], backend.row_multiple):
+        tokens = reference.windows[number].tokens[:-1]
+        for step, start, end in window_steps(tokens, backend.row_multiple):
             logits = backend.run(step)[: end - start]
-            rows = slice(first + start, first + end)
-            top_ids = reference.top_ids[rows]
-            sample_ids = reference.sample_ids[rows]
-            found = predictions(logits, top_ids, sample_ids, targets[start:end])
-            parts.append(
-                Scores(
-                    divergences=divergences(reference.kept(rows), found.kept),
-                    agrees=found.best == top_ids[:, 0],
-                    nll=-found.targets,
-                    reference_nll=-reference.targets[rows].astype(np.float64),
-                    windows=np.full(end - start, number),
-                )
-            )
+            parts.append(compared(reference, number, start, logits))
             done += end - start
             progress(done, total)
+    return joined(parts)
+
+
+def compared(reference: Reference, number: int, start: int, logits: Logits) -> Scores:
+    """What logits of some places of a window say, beside the reference.
+
+    Args:
+        reference: what to compare with.
+        number: of the window.
+        start: the first of the places, counted from the window's beginning.
+        logits: [R, V], of that place and those after it.
+
+    Raises:
+        BackendError: a logit is no finite number.
+    """
+    first = int(reference.starts[number]) + start
+    rows = slice(first, first + len(logits))
+    targets = np.array(reference.windows[number].tokens[1 + start : 1 + start + len(logits)])
+    top_ids = reference.top_ids[rows]
+    found = predictions(logits, top_ids, reference.sample_ids[rows], targets)
+    return Scores(
+        divergences=divergences(reference.kept(rows), found.kept),
+        agrees=found.best == top_ids[:, 0],
+        nll=-found.targets,
+        reference_nll=-reference.targets[rows].astype(np.float64),
+        windows=np.full(len(logits), number),
+    )
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Scores of several places, one after the other; at least one part."""
     names = Scores.__dataclass_fields__
     return Scores(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in names})
 
