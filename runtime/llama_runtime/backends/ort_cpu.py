@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llama_runtime.backends.byte_probe import bytes_are_exact
 from llama_runtime.backends.ort_library import check_signature, import_library
 from llama_runtime.backends.row_probe import PROBE_CAPACITY, PROBE_SLOTS, least_row_multiple
 from llama_runtime.contract import (
@@ -138,9 +139,8 @@ def open_session(graph: Path, threads: int) -> Any:
     # Else the decoder's threads go on spinning while those of the sampler work: on 2 processors a
     # sampled step takes 1.75 times as long.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Products of unsigned and signed bytes overflow on x86 without VNNI: there, and only there,
-    # this makes the signed ones unsigned.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if not bytes_are_exact():  # the signed ones become unsigned, and products slower
+        options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 4  # what goes wrong is raised; its own lines would say it twice
     try:
         return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
