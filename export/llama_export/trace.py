@@ -27,12 +27,14 @@ from llama_decoder.attention import (
 )
 from llama_decoder.config import LlamaConfig
 from llama_decoder.decoder import LlamaDecoder, Prepare
+from llama_export.block_passes import quantise_blocks
 from llama_export.errors import ExportError
-from llama_export.host_passes import CONSTANT, quantise_blocks, quantise_rows
+from llama_export.host_products import CONSTANT
 from llama_export.host_weights import BlockWeights, Int8Weights
 from llama_export.passes import PASSES, STORED_AS, fuse_skip_norms, passes_of
 from llama_export.passes_cache import quantise_slots_cache
 from llama_export.precision import KV_SCALE, Precision
+from llama_export.row_passes import quantise_rows
 from llama_export.weight_file import Region, Tag
 from llama_runtime.contract import SLOTS, Dialect
 

@@ -31,9 +31,9 @@ from llama_decoder.config import LlamaConfig
 from llama_export.quantise.codes import INT8_LIMIT
 from llama_export.quantise.layers import Layer
 
-FACTOR = 64  # the largest Hadamard matrix that is multiplied with: 32 KB, the size of a cache
-# Where 127 steps end in a row that comes out of a norm. What is beyond is cut off: of normal values
-# that costs as much as the steps' being wider would, with the least squared error in all.
+FACTOR = 64  # the largest Hadamard matrix that is multiplied with: 16 KB, within any cache
+# Where 127 steps end in a row that comes out of a norm; what is beyond is cut off. Of all limits
+# this leaves the least squared error in normal values: a wider one makes the steps coarser.
 NORM_LIMIT = 3.9
 NORM_STEP = NORM_LIMIT / INT8_LIMIT
 
