@@ -62,13 +62,17 @@ class PromptEncoder:
             RequestError: the text can't be written as UTF-8.
             CapacityError: it can't have as few tokens as ``max_len``.
         """
-        if max_len is not None and len(text) > NORMALIZED * self.tokenizer.longest_token * max_len:
-            raise CapacityError(
-                f"the prompt has {len(text):,} characters, which can't be {max_len} tokens of "
-                f"{self.tokenizer.longest_token} bytes at most: shorten it or raise max_len",
-                param="prompt",
-            )
+        self._check_length(len(text), max_len, "prompt")
         return self.tokenizer.encode(text)
+
+    def _check_length(self, num_characters: int, max_len: int | None, param: str) -> None:
+        longest = self.tokenizer.longest_token
+        if max_len is not None and num_characters > NORMALIZED * longest * max_len:
+            raise CapacityError(
+                f"the {param} of {num_characters:,} characters can't be {max_len} tokens of "
+                f"{longest} bytes at most: shorten it or raise max_len",
+                param=param,
+            )
 
     def tool_use(self, tools: object = None, tool_choice: object = None) -> ToolUse:
         """What a request says of tools, checked, and how this model is told.
@@ -99,6 +103,7 @@ class PromptEncoder:
         *,
         add_generation_prompt: bool = True,
         allow_control_tokens: bool = False,
+        max_len: int | None = None,
     ) -> list[int]:
         """Token ids of a conversation, up to where the model's answer begins.
 
@@ -109,6 +114,8 @@ class PromptEncoder:
             allow_control_tokens: whether the text of a control token in messages and tools becomes
                 that token, with which whoever wrote it can end a turn or begin another. Otherwise
                 only the template's become tokens, and what came in stays text.
+            max_len: as for ``encode``; a conversation that can't have as few tokens is a
+                ``CapacityError``.
 
         Raises:
             RequestError: the bundle has no chat template, or it refuses the messages or leaves some
@@ -121,6 +128,8 @@ class PromptEncoder:
             )
         template = self._required()
         conversation = (use or self.tool_use()).conversation(messages)
+        texts = (message.get("content") for message in conversation.messages)
+        self._check_length(sum(len(t) for t in texts if isinstance(t, str)), max_len, "messages")
         render = partial(template.render_conversation, add_generation_prompt=add_generation_prompt)
         if allow_control_tokens:
             token_ids = self.tokenizer.encode_templated(render(conversation))

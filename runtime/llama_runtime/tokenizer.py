@@ -11,7 +11,7 @@ The ``tokenizers`` package is imported when the first tokenizer is opened.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -111,6 +111,12 @@ class Tokenizer:
             (token.content for token in added if token.special),
             (token.content for token in added if not token.special),
         )
+
+    @cached_property
+    def special_texts(self) -> Mapping[int, str]:
+        """How each special token is spelled, by its id; none of it is in a text."""
+        added = self._backend.get_added_tokens_decoder().items()
+        return {token_id: token.content for token_id, token in added if token.special}
 
     @cached_property
     def has_disguised_tokens(self) -> bool:
