@@ -47,10 +47,13 @@ def cli() -> None:
     """
 
 
+
 @cli.command(
     epilog=_examples(
         "  llama-run batch prompts.txt",
         "  llama-run batch questions.jsonl --max-tokens 64 --temperature 0.7 --seed 1",
+        "  llama-run batch requests.jsonl.gz --output answers.jsonl --report job.html",
+        "  llama-run batch requests.jsonl.gz --output answers.jsonl --retry-errors",
         "  cat prompts.txt | llama-run batch - --quiet > results.jsonl",
     )
 )
@@ -59,10 +62,43 @@ def cli() -> None:
     "-o",
     "--output",
     metavar="FILE",
-    help="Where the results go; - is standard output.  [default: FILE with its ending replaced by "
+    help="Where the results go, and what it takes to go on; - is standard output, which keeps "
+    "nothing.  [default: FILE with its ending replaced by "
     ".results.jsonl; standard output for standard input]",
 )
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--force", is_flag=True, help="Begin anew where there are results already.")
+@click.option("--unordered", is_flag=True, help="Write results as rows end, not in their order.")
+@click.option(
+    "--no-spool",
+    is_flag=True,
+    help="Answer the rows of a stream as they come and keep none: the job can't be resumed.",
+)
+@click.option(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(1, 1024),
+    default=1,
+    help="Processes, each with a model: one for each device, or each group of processors.  "
+    "[default: 1]",
+)
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Run the workers on a Ray cluster: HOST:PORT of its head node, auto or local. Bundle and "
+    "output must be at the same paths on all nodes.",
+)
+@click.option("--retry-errors", is_flag=True, help="Run the rows again that failed.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Compare finished results with the rows: each once, in its place. Nothing is run.",
+)
+@click.option(
+    "--report",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a page of HTML about the job: throughput, lengths, latency.",
+)
 @generation_options
 @control_tokens_option
 @max_batch_option
@@ -79,6 +115,13 @@ def batch(
     file: str,
     output: str | None,
     force: bool,
+    unordered: bool,
+    no_spool: bool,
+    workers: int,
+    ray: str | None,
+    retry_errors: bool,
+    verify: bool,
+    report: Path | None,
     bundle: Path,
     chat: bool | None,
     threads: int | None,
@@ -90,30 +133,42 @@ def batch(
     quiet: bool,
     **sampling: Any,
 ) -> None:
-    """Complete every prompt of FILE.
+    """Complete every row of FILE. Interrupted, the same command goes on.
 
-    FILE is a .txt with one prompt a line, or a .jsonl with one object a line: "prompt" (a text) or
-    "messages" (a list of {"role", "content"}), and if wanted any of the options below that say how
-    it is continued, as max_tokens, top_p, stop, logit_bias and so on, which go before those given
-    here. "-" is standard input, in either form. Blank lines are skipped and don't count.
+    FILE is text with a prompt a line (.txt), JSON with an object a line (.jsonl), requests of
+    OpenAI's Batch API, or a parquet file; what it is, and whether it is compressed by gzip, is told
+    by what is in it. "-" is standard input. An object has "prompt" (a text) or "messages" (a list
+    of {"role", "content"}), and if wanted "id" and any of the options below that say how it is
+    continued, as max_tokens, top_p, stop, logit_bias and so on, which go before those given here.
+    Blank lines are skipped and don't count.
 
-    The results are one JSON object a line, in the order of the prompts: index (from 0), prompt,
+    The results are one JSON object a line, in the order of the rows: index (from 0), id, prompt,
     text, token_ids, finish_reason (stop, length or error), usage, seed, error; stop_text, logprobs
     and prompt_logprobs where they are asked for. With -n above 1, "samples" holds what belongs to
-    each. A row that can't run says why in "error", and the others go on. A row run alone with its
-    seed gives the same text.
+    each. Requests of OpenAI's API have the results of that API, and errors a file of their own. A
+    row that can't run says why in "error", and the others go on. A row run alone with its seed
+    gives the same text.
+
+    OUTPUT.job holds what it takes to go on: rows that are done stay done, a line that was cut off
+    is done again, and other rows, another bundle or other options are refused. It also keeps the
+    rows of standard input, and a summary.json.
 
     With --seed, each row gets a seed of its own, made from this one and the row's index.
 
-    Exit status: 0 all rows are done, 1 some failed, 2 wrong use, 130 interrupted; what is written
-    by then is whole.
+    Exit status: 0 all rows went well, 1 some failed or the job can't go on, 2 wrong use, 130
+    interrupted; what is written by then is whole.
     """
-    from llama_runtime.batch.command import Settings, run
-    from llama_runtime.batch.results import ResultFile
-    from llama_runtime.batch.rows import Source
+    if verify and (force or retry_errors):
+        raise RequestError(
+            "--verify runs nothing: leave --force and --retry-errors out", param="verify"
+        )
+    from llama_runtime.batch.command import run
+    from llama_runtime.batch.destination import destination
+    from llama_runtime.batch.settings import Settings
+    from llama_runtime.batch.source import Source
 
     source = Source.named(file)
-    results = ResultFile.for_job(source, output, force=force)
+    path = destination(source, output)
     settings = Settings(
         bundle=bundle,
         options=given(sampling),
@@ -124,11 +179,18 @@ def batch(
         threads=threads,
         devices=devices,
         prefix_tokens=prefix_tokens,
+        unordered=unordered,
+        spool=not no_spool,
+        force=force,
+        workers=workers,
+        ray=ray,
+        retry_errors=retry_errors,
+        verify=verify,
+        report=report,
     )
-    mixed = results.path is None and sys.stdout.isatty()
+    mixed = path is None and sys.stdout.isatty()
     console = Console(sys.stderr, quiet=quiet, with_status=not mixed)
-    tally = run(source, results, settings, console)
-    if tally.failed:
+    if not run(source, path, settings, console):
         click.get_current_context().exit(FAILED)
 
 
@@ -157,8 +219,8 @@ def generate(
     "-" reads the prompt from standard input. With -n above 1 the completions follow each other, a
     line "--- 0 ---", "--- 1 ---", ... before each; log-probabilities need --json.
     """
+    from llama_runtime.batch.prompt_format import result_line
     from llama_runtime.batch.recipe import Recipe
-    from llama_runtime.batch.results import result_line
     from llama_runtime.batch.rows import Row
     from llama_runtime.bundle import open_bundle
     from llama_runtime.generation_config import default_params

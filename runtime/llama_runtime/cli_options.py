@@ -66,7 +66,7 @@ max_batch_option = click.option(
     metavar="N|auto",
     type=_MaxBatch(min=1),
     help="Prompts that run at once, on each device; auto finds the number that is fastest, up to "
-    "128, and 256 on CUDA, as memory allows.  [default: 32; 128 on CUDA]",
+    "128, and 256 on CUDA, as memory allows.  [default: auto in batch; else 32, and 128 on CUDA]",
 )
 prefix_tokens_option = click.option(
     "--prefix-tokens",

@@ -101,7 +101,8 @@ def test_a_batch_on_a_full_disk_leaves_whole_lines(small_disk: Path, tiny_bundle
     assert lines[-1].endswith("\n")
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-2:] == [
-        f"stopped: the results of {len(lines)} of 400 rows are in {small_disk / 'out.jsonl'}",
+        f"stopped: the results of {len(lines)} of 400 rows are in {small_disk / 'out.jsonl'}; "
+        "the same command goes on",
         f"Error: can't write to {small_disk / 'out.jsonl'}: No space left on device",
     ]
 

@@ -75,6 +75,7 @@ def interrupt_batches(
     def check(status: int, said: str, sent: signal.Signals) -> str:
         lines = output.read_bytes() if output.exists() else b""
         output.unlink(missing_ok=True)
+        shutil.rmtree(f"{output}.job", ignore_errors=True)  # each run begins anew
         num_lines = lines.count(b"\n")
         if not whole.startswith(lines) or (lines and not lines.endswith(b"\n")):
             return f"what is written is not whole: ...{lines[-80:]!r}"
@@ -83,7 +84,10 @@ def interrupt_batches(
         if status in (0, -sent):  # while the interpreter ends, it takes no signal itself
             return "" if lines == whole else "the job ended well and is not whole"
         last = said.splitlines()[-1] if said else ""
-        expected = f"stopped: the results of {num_lines} of {NUM_ROWS} rows are in {output}"
+        expected = (
+            f"stopped: the results of {num_lines} of {NUM_ROWS} rows are in {output}; the same "
+            "command goes on"
+        )
         if last != expected and not (last == "interrupted" and not lines):
             return f"{num_lines} lines are written, and the last line said is {last!r}"
         return ""
@@ -154,6 +158,7 @@ def _whole_run(command: Sequence[str], output: Path) -> tuple[bytes, float]:
     seconds = time.monotonic() - start
     whole = output.read_bytes()
     output.unlink()
+    shutil.rmtree(f"{output}.job")
     return whole, seconds
 
 

@@ -144,7 +144,7 @@ WRONG_USES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "blank": (bad_file(b" \n\n"), "bad.txt is empty: it has no prompts"),
     "no name": (lambda _: ["batch", ""], "the name of the prompts file is empty"),
     "binary": (bad_file(b"\x00\x01\x02"), "is not text"),
-    "latin-1": (bad_file(b"ok\ncaf\xe9\n"), "line 2 is not UTF-8 text: byte 0xE9 at position 4"),
+    "latin-1": (bad_file(b"caf\xe9\nok\n"), "line 1 is not UTF-8 text: byte 0xE9 at position 4"),
     "temperature": (
         lambda f: ["batch", f / "prompts.txt", "--temperature", "-1"],
         "temperature must lie in 0 to 100, not -1",
@@ -185,7 +185,7 @@ WRONG_USES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "output is a folder": (lambda f: ["batch", f / "prompts.txt", "-o", f], "is a directory"),
     "output is the input": (
         lambda f: ["batch", f / "prompts.txt", "-o", f / "prompts.txt", "--force"],
-        "is the prompts file",
+        "would replace the prompts file",
     ),
     "empty prompt": (lambda _: ["generate", ""], "the prompt is empty"),
     "bias without a number": (
@@ -272,6 +272,7 @@ OUT_OF_RANGE = {
     "--top-k": ("-1", "1.5", "2147483648"),
     "--seed": ("-1", "1.5", str(2**64)),
     "--threads": ("-1", "0", "1.5", "1025", "9" * 30),
+    "--workers": ("-1", "0", "1.5", "1025", "9" * 30),
     "--max-batch": ("-1", "0", "1.5", "1025", "9" * 30),
     "--max-len": ("-1", "0", "1", "1.5", "513", "9" * 30),
     "--prefix-tokens": ("-1", "1.5", "9" * 30),
@@ -441,10 +442,11 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(
     run: Run, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "open_session", None)  # so that loading would fail
+    prompts.write_text("prompt\n" * 100)
     for args in (
-        ["batch", prompts, "--max-len", 500],
+        ["batch", prompts, "--max-len", 500, "--max-batch", 32],
         ["batch", prompts, "--max-tokens", 400, "--max-batch", 64],
-        ["batch", "-"],
+        ["batch", "-", "--max-batch", 32],
     ):
         result = run(*args, stdin=b"one\n")
         assert result.exit_code == 2, result.output
@@ -473,7 +475,8 @@ def test_help_and_version_read_well_at_every_level(run: Run) -> None:
 def test_defaults_in_the_help_are_those_of_the_library(run: Run) -> None:
     text = " ".join(run("batch", "--help").stdout.split())
     assert f"[default: {SamplingParams().max_tokens}; {MAX_TOKENS} in chat]" in text
-    usual = f"[default: {settings.DEFAULT_MAX_BATCH}; {CUDA_MAX_BATCH} on CUDA]"
+    others = f"{settings.DEFAULT_MAX_BATCH}, and {CUDA_MAX_BATCH} on CUDA"
+    usual = f"[default: auto in batch; else {others}]"
     assert "Prompts that run at once, on each device;" in text
     assert usual in text
     assert f"at most {settings.DEFAULT_MAX_LEN}]" in text

@@ -73,7 +73,9 @@ def test_ctrl_c_leaves_whole_lines_says_how_many_and_is_status_130(
     assert [record["index"] for record in found] == list(range(len(found)))
     assert 3 <= len(found) < 12
     last = said.splitlines()[-1]
-    assert last == f"stopped: the results of {len(found)} of 12 rows are in {output}"
+    assert last == (
+        f"stopped: the results of {len(found)} of 12 rows are in {output}; the same command goes on"
+    )
     assert "Traceback" not in said
 
 

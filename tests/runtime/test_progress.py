@@ -9,19 +9,22 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_runtime import progress
-from llama_runtime.batch.job import Tally
-from llama_runtime.batch.report import Status, sampling, summary
-from llama_runtime.batch.results import ResultFile
+from llama_runtime.batch.ledger import Ledger
+from llama_runtime.batch.outcome import Outcome
+from llama_runtime.batch.report import Status, retried, sampling, summary
+from llama_runtime.batch.runner import RowRunner
+from llama_runtime.batch.statistics import Statistics
 from llama_runtime.params import SamplingParams
 from llama_runtime.progress import Console, duration, fit
 from llama_runtime.shared_engine import Stats
+from tests.runtime.batch.jobs import OPENAI, PROMPTS
 
 
 @given(st.lists(st.text("ab", min_size=1, max_size=30), min_size=1), st.integers(0, 60))
@@ -142,21 +145,47 @@ def test_a_closed_standard_error_ends_no_work(monkeypatch: pytest.MonkeyPatch) -
         calls.wait_for(1)
 
 
+class Runner:
+    """Runs nothing, and has four slots."""
+
+    num_slots = 4
+
+    def __init__(self) -> None:
+        self.counters = Stats(running=3)
+
+    def stats(self) -> Stats:
+        return self.counters
+
+
 def test_the_status_of_a_job_has_every_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    tally, stats = Tally(), Stats(running=4)
-    status = Status(tally, lambda: stats, total=40)
-    assert status() == ["0/40 rows", "0 tokens/s", "4 active"]
+    statistics, fake = Statistics(), Runner()
+    runner = cast(RowRunner, fake)
+    status = Status(statistics, runner, total=40)
+    assert status() == ["0/40 rows", "0 tokens/s out", "0 in", "3/4 slots"]
     for _ in range(20):
         now[0] += 1
-        stats.completion_tokens += 50
+        fake.counters.completion_tokens += 50
+        fake.counters.prompt_tokens += 70
         status()
-    tally.rows, tally.failed = 10, 2
-    assert status() == ["10/40 rows", "1:00 left", "50 tokens/s", "2 failed", "4 active"]
+    statistics.rows, statistics.failed = 10, 2
+    assert status() == [
+        "10/40 rows",
+        "1:00 left",
+        "50 tokens/s out",
+        "70 in",
+        "2 failed",
+        "3/4 slots",
+    ]
     now[0] += 30
-    assert status()[2] == "0 tokens/s" or float(status()[2].split()[0]) < 20, "it is a recent rate"
-    assert Status(tally, lambda: stats, total=None)()[0] == "10 rows"
+    assert float(status()[2].split()[0]) < 20, "it is a recent rate"
+    assert Status(statistics, runner, total=None)()[0] == "10 rows"
+    going_on = Status(statistics, runner, total=40)
+    now[0] += 10
+    assert "left" not in going_on()[1], "rows of earlier runs say nothing of how fast this one is"
+    statistics.rows = 20
+    assert going_on()[1] == "0:20 left"
 
 
 def test_the_sampling_in_force_is_named_in_full() -> None:
@@ -166,9 +195,34 @@ def test_the_sampling_in_force_is_named_in_full() -> None:
     assert sampling(full) == "temperature 0.7, top_k 40, top_p 0.95, seed 1"
 
 
+def counted(*outcomes: tuple[int, str | None]) -> Statistics:
+    statistics = Statistics()
+    for index, error in outcomes:
+        statistics.count(Outcome(index, b"", error, 20, 12, ("stop",), 0.5))
+    return statistics
+
+
 def test_the_summary_counts_everything() -> None:
-    tally = Tally(5, 1, 100, 60, (3, "the prompt is empty"))
-    assert summary(tally, 2.0, ResultFile(Path("out.jsonl"), force=False)) == (
-        "5 rows, 1 failed, in 2.0 s: 100 prompt and 60 completion tokens, 30.0 tokens/s; "
-        "results in out.jsonl\nthe first failure, row 3: the prompt is empty"
+    ledger = Ledger(PROMPTS, Path("out.jsonl"))
+    statistics = counted((0, None), (3, "the prompt is empty"), (1, None), (2, None), (4, None))
+    text = (
+        "1 failed, in 2.0 s: 100 prompt and 60 completion tokens, {} tokens/s; results in out.jsonl"
+        "\nthe first failure, row 3: the prompt is empty"
+    )
+    assert summary(statistics, (0, 0), 2.0, ledger) == "5 rows, " + text.format("30.0")
+    assert summary(statistics, (4, 50), 2.0, ledger) == (
+        "5 rows (1 of them now), " + text.format("5.0")
+    )
+    apart = Ledger(OPENAI, Path("out.jsonl"), Path("out.errors.jsonl"))
+    assert "results in out.jsonl, errors in out.errors.jsonl\n" in (
+        summary(statistics, (0, 0), 2.0, apart)
+    )
+    assert summary(counted((0, None)), (0, 0), 2.0, apart).startswith("1 row, 0 failed, in 2.0 s")
+    assert "errors in" not in summary(counted((0, None)), (0, 0), 2.0, apart)
+
+
+def test_rows_that_ran_again_are_counted_by_themselves() -> None:
+    ledger = Ledger(PROMPTS, Path("out.jsonl"))
+    assert retried(counted((3, None), (9, "no")), ledger) == (
+        "1 of 2 went well this time; results in out.jsonl\nthe first failure, row 9: no"
     )

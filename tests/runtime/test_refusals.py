@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from llama_runtime.backends.fake import Fake
-from llama_runtime.batch.job import Job
-from llama_runtime.batch.lines import LineReader
-from llama_runtime.batch.recipe import Recipe
-from llama_runtime.batch.results import ResultFile
-from llama_runtime.batch.rows import Rows
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
 from llama_runtime.errors import RequestError
 from llama_runtime.llm import LLM
 from llama_runtime.params import SamplingParams
-from llama_runtime.prompt_encoder import PromptEncoder
 from llama_runtime.slots_engine import slots_engine
+from tests.runtime.batch.jobs import recipe_of, results_in, run_job
 from tests.runtime.test_params import OUT_OF_RANGE
 
 VOCAB_SIZE = 64
@@ -99,13 +93,8 @@ def test_rows_out_of_range_leave_the_other_rows_of_their_job_unharmed(
     good = [{"prompt": f"row {i}", "temperature": 1.5, "seed": i} for i in range(len(bad))]
 
     def run(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-        encoder = PromptEncoder(fake_llm.bundle)
-        recipe = Recipe.of_job(encoder, fake_llm.default_params, {"max_tokens": 12}, False)
-        results = ResultFile(tmp_path / name, force=True)
-        lines = "\n".join(map(json.dumps, records)).encode()
-        Job(fake_llm, recipe, results).run(Rows(LineReader(io.BytesIO(lines)), jsonl=True))
-        results.close()
-        return [json.loads(line) for line in (tmp_path / name).read_bytes().splitlines()]
+        run_job(fake_llm, records, tmp_path / name, recipe_of(fake_llm, max_tokens=12))
+        return results_in(tmp_path / name)
 
     wrong = [{"prompt": f"bad {i}", name: value} for i, (name, value) in enumerate(bad)]
     together = run([row for pair in zip(wrong, good, strict=True) for row in pair], "together")

@@ -1,136 +1,257 @@
-"""A whole batch job: measure the prompts, load the model, run, say how it went."""
+"""A whole batch job: look at the rows, load the model, run, say how it went."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from llama_runtime.batch import report
-from llama_runtime.batch.job import Job, Tally
-from llama_runtime.batch.recipe import Recipe, Scan
-from llama_runtime.batch.results import ResultFile
-from llama_runtime.batch.rows import Source
+from llama_runtime.batch.job import Job
+from llama_runtime.batch.job_folder import JobFolder
+from llama_runtime.batch.ledger import Ledger
+from llama_runtime.batch.preparation import prepared
+from llama_runtime.batch.ray_runner import RayRunner
+from llama_runtime.batch.recipe import Recipe
+from llama_runtime.batch.runner import LocalRunner, RowRunner
+from llama_runtime.batch.scan import Scan
+from llama_runtime.batch.settings import Settings
+from llama_runtime.batch.source import Source
+from llama_runtime.batch.statistics import Statistics
+from llama_runtime.batch.summary import now, summary, write
+from llama_runtime.batch.work import Work
+from llama_runtime.batch.worker_spec import WorkerSpec
+from llama_runtime.batch.workers import WorkerPool, check_memory, places
 from llama_runtime.bundle import open_bundle
-from llama_runtime.errors import CaravanError
+from llama_runtime.errors import CaravanError, RequestError
 from llama_runtime.generation_config import default_params
 from llama_runtime.interrupts import last_act
 from llama_runtime.llm import LLM
+from llama_runtime.loading import runs_on_gpu, runs_on_tensorrt
+from llama_runtime.memory_plan import MemoryPlan
 from llama_runtime.progress import Console
 from llama_runtime.prompt_encoder import PromptEncoder
+from llama_runtime.settings import DEFAULT_MAX_BATCH
+
+# Finished results that may wait for an earlier one, for each slot. When that many do, no new row is
+# begun until the one they wait for is done.
+WAITING_PER_SLOT = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What the user asked of a job.
-
-    Attributes:
-        bundle: the bundle's directory.
-        options: sampling options that replace the bundle's own, by name.
-        chat: whether plain prompts become messages; None if the bundle has a template.
-        allow_control_tokens: see ``LLM.chat``.
-        max_batch: sequences that run at once, or "auto"; None takes the default of ``LLM``.
-        max_len: the most tokens of one sequence; None takes the longest request of a file, and
-            the default of ``LLM`` for a stream.
-        threads: None takes the processors this process may use.
-        devices: CUDA devices; None takes the default of ``LLM``.
-        prefix_tokens: tokens of prompts that are kept; None takes the default of ``LLM``.
-    """
-
-    bundle: Path
-    options: Mapping[str, Any]
-    chat: bool | None = None
-    allow_control_tokens: bool = False
-    max_batch: int | Literal["auto"] | None = None
-    max_len: int | None = None
-    threads: int | None = None
-    devices: Seq[int] | None = None
-    prefix_tokens: int | None = None
-
-
-def run(source: Source, results: ResultFile, settings: Settings, console: Console) -> Tally:
-    """Run a job.
+def run(source: Source, output: Path | None, settings: Settings, console: Console) -> bool:
+    """Run a job, go on with one, or verify one.
 
     Args:
-        source: the prompts.
-        results: where the lines go; closed in the end.
+        source: the rows.
+        output: where the lines go; None for standard output.
         settings: what the user asked for.
         console: told what is going on.
 
     Returns:
-        What became of the rows.
+        Whether all rows went well; or whether the results are those of the rows.
 
     Raises:
         CaravanError: the job can't start, or can't go on.
-        KeyboardInterrupt: the user ended it; the lines written so far are whole and in order.
+        KeyboardInterrupt: the user ended it; the lines written so far are whole.
     """
     encoder = PromptEncoder(open_bundle(settings.bundle))
-    defaults = default_params(encoder.bundle.generation_config)
     recipe = Recipe.of_job(
         encoder,
-        defaults,
+        default_params(encoder.bundle.generation_config),
         settings.options,
         settings.chat,
         allow_control_tokens=settings.allow_control_tokens,
     )
     console.say(report.settings(recipe))
-    max_len, total = settings.max_len, None
-    if not source.is_stream:
-        scan = _scan(source, recipe if max_len is None else None, console)
-        max_len, total = max_len or scan.longest, scan.rows
-    with source.open() as rows, _load(encoder, settings, max_len, console) as llm:
-        job = Job(llm, recipe, results)
-        started = time.monotonic()
-        stopped = partial(report.stopped, results, total)
+    on_gpu = runs_on_gpu(encoder.bundle)
+
+    def check(scan: Scan) -> None:
+        if settings.ray is not None:
+            return  # each worker looks at the memory of its own machine
+        plan = _plan(encoder, settings, scan.longest, scan.rows)
+        check_memory(plan, settings.workers, on_gpu=on_gpu)
+
+    with prepared(source, output, recipe, settings, console, check) as work:
+        if settings.verify:
+            return _verify(work, console)
+        work.recover(console)
+        if work.has_rows_left or (settings.retry_errors and work.statistics.failed):
+            _run(work, encoder, settings, console)
+        else:
+            console.say(f"nothing is left to do; results in {work.ledger.output}")
+        return work.statistics.failed == 0
+
+
+def _run(work: Work, encoder: PromptEncoder, settings: Settings, console: Console) -> None:
+    """Run what isn't done, and what is to be done again."""
+    began = now()
+    with _runner(work, encoder, settings, console) as runner:
+
+        def summarise() -> None:
+            about = {
+                "bundle": encoder.bundle.manifest.name,
+                "input": work.name,
+                "output": str(work.ledger.output),
+                "options": dict(settings.options),
+                "started": began,
+                "ended": now(),
+            }
+            found = summary(work.statistics, about, runner.about)
+            write(found, work.folder, settings.report)
+
         try:
-            with (
-                last_act(lambda: "" if console.quiet else stopped()),
-                console.status(report.Status(job.tally, llm.stats, total)),
-            ):
-                job.run(rows)
-        except (CaravanError, KeyboardInterrupt):
-            console.say(stopped())
+            if work.has_rows_left:
+                _run_rows(work, runner, console)
+            if settings.retry_errors and work.statistics.failed and work.folder is not None:
+                _run_again(work, work.folder, runner, console)
+        except BaseException:
+            with suppress(CaravanError):  # a full disk has no room for it either
+                summarise()
             raise
-        finally:
-            results.close()
-        console.say(report.summary(job.tally, time.monotonic() - started, results))
-    return job.tally
+        summarise()
 
 
-def _scan(source: Source, recipe: Recipe | None, console: Console) -> Scan:
-    scan = Scan()
-    with (
-        source.open(strict=True) as rows,
-        console.status(lambda: [f"reading prompts: {scan.rows} rows"]),
-    ):
-        scan.read(rows, recipe)
-    return scan
+def _run_rows(work: Work, runner: RowRunner, console: Console) -> None:
+    work.ledger.window = WAITING_PER_SLOT * runner.num_slots
+    job = Job(work.ledger, work.statistics, work.folder, lambda: runner.stats().running)
+    stopped = partial(report.stopped, work.ledger, work.total, can_resume=work.folder is not None)
+    before, started = (work.statistics.rows, work.statistics.completion_tokens), time.monotonic()
+    try:
+        with (
+            work.records() as records,
+            last_act(lambda: "" if console.quiet else stopped()),
+            console.status(report.Status(work.statistics, runner, work.total)),
+        ):
+            job.run(runner, records)
+    except (CaravanError, KeyboardInterrupt):
+        console.say(stopped())
+        raise
+    seconds = time.monotonic() - started
+    console.say(report.summary(work.statistics, before, seconds, work.ledger))
 
 
-def _load(encoder: PromptEncoder, settings: Settings, max_len: int | None, console: Console) -> LLM:
-    plan = LLM.plan(
-        encoder,
-        max_batch=settings.max_batch,
+def _run_again(work: Work, folder: JobFolder, runner: RowRunner, console: Console) -> None:
+    """Run the rows that failed, and put the new results in the place of the old ones."""
+    failed, statistics = work.ledger.failed, Statistics()
+    console.say(f"running the {len(failed):,} rows again that failed")
+    ledger = Ledger(work.form, folder.retries, ordered=False)
+    job = Job(ledger, statistics, None, lambda: runner.stats().running)
+    try:
+        with (
+            work.records() as records,
+            last_act(lambda: "" if console.quiet else "stopped: the same command goes on"),
+            console.status(report.Status(statistics, runner, len(failed))),
+        ):
+            job.run(runner, (record for record in records if record.index in failed))
+    finally:
+        ledger.close()
+    work.merge_retries(console)
+    console.say(report.retried(statistics, work.ledger))
+
+
+@contextmanager
+def _runner(
+    work: Work, encoder: PromptEncoder, settings: Settings, console: Console
+) -> Iterator[RowRunner]:
+    """What runs the rows: this process, or several."""
+    max_len = settings.max_len or (None if work.scan is None else work.scan.longest)
+    on_gpu = runs_on_gpu(encoder.bundle)
+    if settings.ray is None:
+        plan = _plan(encoder, settings, max_len, work.total)
+        check_memory(plan, settings.workers, on_gpu=on_gpu)
+        console.say(plan.summary())
+    spec = WorkerSpec(
+        bundle=str(settings.bundle.absolute()),
+        kind=work.kind,
+        options={**settings.options, "seed": work.recipe.params.seed},
+        chat=work.recipe.chat,
+        allow_control_tokens=settings.allow_control_tokens,
+        max_batch=_max_batch(encoder, settings, work.total),
         max_len=max_len,
+        threads=settings.threads,
+        devices=None if settings.devices is None else list(settings.devices),
+        prefix_tokens=settings.prefix_tokens,
+    )
+    if settings.ray is not None:
+        with _on_ray(spec, settings.ray, work, settings, console) as ray_runner:
+            yield ray_runner
+        return
+    if settings.workers == 1:
+        with console.status(lambda: ["loading the model"]):
+            llm = spec.model(encoder)
+        with llm:
+            runner = LocalRunner(llm, work.form)
+            console.say(report.set_up(runner, settings.devices))
+            yield runner
+        return
+    shares = places(spec, settings.workers, on_gpu=on_gpu)
+    with console.status(lambda: [f"loading the model {settings.workers} times"]):
+        pool = WorkerPool(shares, work.form)
+    try:
+        console.say(report.set_up(pool, settings.devices))
+        yield pool
+        if pool.num_deaths:
+            console.say(f"processes that died and were started again: {pool.num_deaths}")
+    finally:
+        pool.close()
+
+
+@contextmanager
+def _on_ray(
+    spec: WorkerSpec, address: str, work: Work, settings: Settings, console: Console
+) -> Iterator[RayRunner]:
+    if work.folder is None:
+        raise RequestError(
+            "--ray needs a folder for the rows that aren't done, beside the results: give --output "
+            "a file that all nodes see",
+            param="ray",
+        )
+    with console.status(lambda: [f"looking for Ray at {address}"]):
+        runner = RayRunner(
+            spec,
+            address=address,
+            num_workers=settings.workers,
+            shards=work.folder.path / "shards",
+            ordered=not settings.unordered,
+        )
+    try:
+        console.say(report.set_up(runner, settings.devices))
+        yield runner
+    finally:
+        runner.close()
+
+
+def _verify(work: Work, console: Console) -> bool:
+    """Say whether the results are those of the rows."""
+    with work.records() as records, console.status(lambda: ["comparing rows and results"]):
+        verdict = work.verify(records)
+    for line in report.verdict(verdict, work.ledger):
+        console.say(line)
+    return verdict.num_faults == 0
+
+
+def _max_batch(
+    encoder: PromptEncoder, settings: Settings, total: int | None
+) -> int | Literal["auto"] | None:
+    """Sequences that run at once: found while the job runs, unless that can't pay or can't be."""
+    if settings.max_batch is not None or settings.workers > 1 or settings.ray is not None:
+        return settings.max_batch
+    if total is not None and total <= DEFAULT_MAX_BATCH:
+        return None
+    bundle = encoder.bundle
+    return None if runs_on_gpu(bundle) and runs_on_tensorrt(bundle) else "auto"
+
+
+def _plan(
+    encoder: PromptEncoder, settings: Settings, max_len: int | None, total: int | None
+) -> MemoryPlan:
+    return LLM.plan(
+        encoder,
+        max_batch=_max_batch(encoder, settings, total),
+        max_len=settings.max_len or max_len,
         devices=settings.devices,
         prefix_tokens=settings.prefix_tokens,
     )
-    plan.check()
-    console.say(plan.summary())
-    with console.status(lambda: ["loading the model"]):
-        llm = LLM(
-            encoder,
-            max_batch=settings.max_batch,
-            max_len=max_len,
-            threads=settings.threads,
-            devices=settings.devices,
-            prefix_tokens=settings.prefix_tokens,
-        )
-    numbers = ", ".join(map(str, settings.devices or [0]))
-    where = f"devices {numbers}" if llm.threads is None else f"threads {llm.threads}"
-    console.say(f"max_batch {llm.max_batch}, max_len {llm.max_len}, {where}")
-    return llm

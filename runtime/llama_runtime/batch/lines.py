@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import select
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -45,43 +45,17 @@ class LineReader:
         self._buffer = bytearray()
         self._number = 0
         self._ended = False
-        self._peeked: Line | None = None
-
-    def ready(self) -> bool:
-        """Whether the next line can be had without waiting for whoever writes it.
-
-        Always true where that can't be asked: files in memory, and pipes on Windows.
-        """
-        if self._peeked or self._ended or b"\n" in self._buffer:
-            return True
-        try:
-            return bool(select.select([self._file], [], [], 0)[0])
-        except (OSError, ValueError):
-            return True
-
-    def peek(self) -> Line | None:
-        """The next line, which stays the next; None at the end."""
-        if self._peeked is None:
-            self._peeked = self._next_not_blank()
-        return self._peeked
 
     def __iter__(self) -> Iterator[Line]:
         return self
 
     def __next__(self) -> Line:
-        line = self.peek()
-        if line is None:
-            raise StopIteration
-        self._peeked = None
-        return line
-
-    def _next_not_blank(self) -> Line | None:
         while (data := self._take()) is not None:
             self._number += 1
             line = _decode(self._number, data)
             if line.problem is not None or line.text.strip():
                 return line
-        return None
+        raise StopIteration
 
     def _take(self) -> bytes | None:
         """The bytes of the next line, cut just past ``MAX_LINE_BYTES``; None at the end."""
@@ -106,8 +80,9 @@ class LineReader:
     def _fill(self) -> None:
         try:
             data = self._file.read1(_READ_BYTES)
-        except OSError as error:
-            message = f"the prompts can't be read: {error.strerror}"
+        except (OSError, EOFError, zlib.error) as error:  # the last two from a damaged gzip file
+            reason = getattr(error, "strerror", None) or error
+            message = f"the prompts can't be read beyond line {self._number}: {reason}"
             raise RequestError(message, param="file") from error
         self._ended = not data
         self._buffer += data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,6 +64,12 @@ class Recipe:
             allow_control_tokens,
         )
 
+    def seeded(self, seed: int) -> Recipe:
+        """The same with a seed for the job, unless it has one or its rows must have none."""
+        if self.params.seed is not None or self.params.speculation == "auto":
+            return self
+        return replace(self, params=replace(self.params, seed=seed))
+
     def request(self, row: Row) -> Request:
         """The request of one row; its seed is settled where the job has one.
 
@@ -72,9 +78,9 @@ class Recipe:
         """
         if row.error is not None:
             raise row.error
-        params = replace(self.params, **{"seed": self._seed(row.index), **row.options})
-        token_ids = self._encode(row.prompt)
+        params = replace(self.params, **{"seed": self.seed(row.index), **row.options})
         limit = self.encoder.bundle.manifest.geometry.max_positions
+        token_ids = self._encode(row.prompt, limit)
         if (needed := len(token_ids) + params.max_tokens) > limit:
             raise CapacityError(
                 f"{len(token_ids)} prompt tokens and max_tokens {params.max_tokens} need {needed} "
@@ -83,43 +89,16 @@ class Recipe:
             )
         return Request(token_ids, params)
 
-    def _seed(self, index: int) -> int | None:
+    def seed(self, index: int) -> int | None:
+        """The seed of a row that sets none; None draws one."""
         return None if self.params.seed is None else row_seed(self.params.seed, index)
 
-    def _encode(self, prompt: str | list[Any] | None) -> list[int]:
+    def _encode(self, prompt: str | list[Any] | None, limit: int) -> list[int]:
         if not prompt:
             raise RequestError("the prompt is empty", param="prompt")
         if isinstance(prompt, str) and not self.chat:
-            return self.encoder.encode(prompt)
+            return self.encoder.encode(prompt, max_len=limit)
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        return self.encoder.encode_chat(messages, allow_control_tokens=self.allow_control_tokens)
-
-
-@dataclass(slots=True)
-class Scan:
-    """What a first look at all rows finds.
-
-    Attributes:
-        rows: how many there are.
-        longest: prompt and completion tokens of the longest one that the model can take, at
-            least 2, as for any model.
-    """
-
-    rows: int = 0
-    longest: int = 2
-
-    def read(self, rows: Iterable[Row], recipe: Recipe | None) -> None:
-        """Count the rows, and measure them.
-
-        Args:
-            rows: all of them; they aren't kept.
-            recipe: how they will be encoded; None leaves them unmeasured.
-        """
-        for row in rows:
-            self.rows += 1
-            if recipe is not None:
-                try:
-                    request = recipe.request(row)
-                except RequestError:
-                    continue
-                self.longest = max(self.longest, len(request.prompt) + request.params.max_tokens)
+        return self.encoder.encode_chat(
+            messages, allow_control_tokens=self.allow_control_tokens, max_len=limit
+        )

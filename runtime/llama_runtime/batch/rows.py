@@ -1,23 +1,19 @@
-"""Prompts files: what a line asks for, with its own errors kept to itself."""
+"""Rows of prompts: what a line asks for, with its own errors kept to itself."""
 
 from __future__ import annotations
 
-import io
 import json
-import stat
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
-from llama_runtime.batch.lines import Line, LineReader
+from llama_runtime.batch.lines import Line
 from llama_runtime.errors import RequestError
 from llama_runtime.params import OPTIONS
 
 MAX_NESTING = 32  # of lists and objects in messages
-_KEYS = ("prompt", "messages", *OPTIONS)
+MAX_ID_CHARACTERS = 512
+_KEYS = ("id", "prompt", "messages", *OPTIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,128 +24,26 @@ class Row:
         index: its place among the rows, from 0; blank lines don't count.
         prompt: a text, or a list of messages; None if the line says neither.
         options: the sampling options that this row sets for itself, by name, unchecked.
+        id: the row's own name for itself, a text or a whole number, which its result repeats.
         error: why the row can't run, or None.
     """
 
     index: int
     prompt: str | list[Any] | None
     options: Mapping[str, Any] = field(default_factory=dict)
+    id: str | int | None = None
     error: RequestError | None = None
 
 
-class Rows:
-    """The rows of an open prompts file, read as they are wanted.
+def parse_row(index: int, line: Line, *, is_object: bool) -> Row:
+    """The row of a line; what is wrong with it stands in the row.
 
     Args:
-        lines: the file's lines.
-        jsonl: whether a line is a JSON object; otherwise it is the prompt itself.
-        strict: whether a line that isn't text is an error of the whole input, not of its row.
+        index: see ``Row``.
+        line: its text.
+        is_object: whether the line is a JSON object; otherwise it is the prompt itself.
     """
-
-    def __init__(self, lines: LineReader, *, jsonl: bool, strict: bool = False) -> None:
-        self._lines = lines
-        self._parse = _parse_json if jsonl else _parse_text
-        self._strict = strict
-        self._count = 0
-
-    def ready(self) -> bool:
-        """Whether the next row can be had without waiting; see ``LineReader.ready``."""
-        return self._lines.ready()
-
-    def __iter__(self) -> Iterator[Row]:
-        return self
-
-    def __next__(self) -> Row:
-        line = next(self._lines)
-        if self._strict and line.problem is not None:
-            raise _refuse(f"the prompts can't be used: {line.problem}")
-        row = self._parse(self._count, line)
-        self._count += 1
-        return row
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where the prompts come from.
-
-    Attributes:
-        path: a file, or None for standard input.
-    """
-
-    path: Path | None
-
-    @classmethod
-    def named(cls, name: str) -> Source:
-        """The file of this name, or standard input for ``-``.
-
-        Raises:
-            RequestError: there is no such file, or it is a directory.
-        """
-        if name == "-":
-            return cls(None)
-        if not name:
-            raise _refuse("the name of the prompts file is empty")
-        path = Path(name)
-        try:
-            is_directory = stat.S_ISDIR(path.stat().st_mode)
-        except FileNotFoundError as error:
-            raise _refuse(f"the prompts file {name} does not exist") from error
-        except OSError as error:
-            raise _refuse(f"the prompts file {name} can't be read: {error.strerror}") from error
-        if is_directory:
-            raise _refuse(f"the prompts file {name} is a directory")
-        return cls(path)
-
-    def __str__(self) -> str:
-        return "standard input" if self.path is None else str(self.path)
-
-    @property
-    def is_stream(self) -> bool:
-        """Whether it can be read only once, as pipes can."""
-        return self.path is None or not stat.S_ISREG(self.path.stat().st_mode)
-
-    @contextmanager
-    def open(self, *, strict: bool = False) -> Iterator[Rows]:
-        """Open the rows.
-
-        A name that ends in ``.txt`` holds a prompt a line, one that ends in ``.jsonl`` JSON
-        objects; anything else is told by its first character that isn't white space, ``{`` for
-        JSON.
-
-        Args:
-            strict: see ``Rows``; the first line has to be text in any case.
-
-        Raises:
-            RequestError: it can't be read, is empty, or doesn't begin with text.
-        """
-        try:
-            file = self._open_bytes()
-        except OSError as error:
-            raise _refuse(f"{self} can't be read: {error.strerror}") from error
-        try:
-            lines = LineReader(file)
-            first = lines.peek()
-            if first is None:
-                raise _refuse(f"{self} is empty: it has no prompts")
-            if first.problem is not None:
-                raise _refuse(f"{self} can't be used: {first.problem}")
-            yield Rows(lines, jsonl=self._is_jsonl(first), strict=strict)
-        finally:
-            if self.path is not None:
-                file.close()
-
-    def _open_bytes(self) -> io.BufferedIOBase:
-        return sys.stdin.buffer if self.path is None else self.path.open("rb")  # type: ignore[return-value]
-
-    def _is_jsonl(self, first: Line) -> bool:
-        suffix = "" if self.path is None else self.path.suffix.lower()
-        if suffix in (".txt", ".jsonl"):
-            return suffix == ".jsonl"
-        return first.text.lstrip().startswith("{")
-
-
-def _refuse(message: str) -> RequestError:
-    return RequestError(message, param="file")
+    return _parse_json(index, line) if is_object else _parse_text(index, line)
 
 
 def _parse_text(index: int, line: Line) -> Row:
@@ -160,24 +54,30 @@ def _parse_text(index: int, line: Line) -> Row:
 
 def _parse_json(index: int, line: Line) -> Row:
     """A row from a JSON object; a key whose value is null counts as left out."""
-    prompt = None
+    prompt = row_id = None
     try:
-        given = {key: value for key, value in _load(line).items() if value is not None}
+        given = {key: value for key, value in load_object(line).items() if value is not None}
+        row_id = _id(given, line)
         prompt = _prompt(given, line)
         _check_keys(given, line)
     except RequestError as error:
-        return Row(index, prompt, error=error)
+        return Row(index, prompt, id=row_id, error=error)
     options = {key: given[key] for key in OPTIONS if key in given}
     if isinstance(bias := options.get("logit_bias"), dict):  # keys of JSON are texts
         options["logit_bias"] = {_token_id(key): value for key, value in bias.items()}
-    return Row(index, prompt, options)
+    return Row(index, prompt, options, row_id)
 
 
 def _token_id(key: str) -> int | str:
     return int(key) if key.isascii() and key.isdecimal() and len(key) < 20 else key
 
 
-def _load(line: Line) -> dict[str, Any]:
+def load_object(line: Line) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Raises:
+        RequestError: it is no text, or no object, or has a key twice, or a number that JSON lacks.
+    """
     if line.problem is not None:
         raise RequestError(line.problem, param="prompt")
     try:
@@ -209,6 +109,20 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def _id(given: Mapping[str, Any], line: Line) -> str | int | None:
+    value = given.get("id")
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if not isinstance(value, str) or not 1 <= len(value) <= MAX_ID_CHARACTERS:
+        raise RequestError(
+            f"line {line.number}: id must be a whole number, or a text of 1 to {MAX_ID_CHARACTERS} "
+            f"characters, not {value!r:.80}",
+            param="id",
+        )
+    _check_text(value, "id", line)
+    return value
+
+
 def _prompt(given: Mapping[str, Any], line: Line) -> str | list[Any]:
     """The row's text or messages, sure to fit into a result line."""
     where = f"line {line.number}"
@@ -222,13 +136,22 @@ def _prompt(given: Mapping[str, Any], line: Line) -> str | list[Any]:
         raise RequestError(f"{where}: {key} must be {kind_name}, not {value!r:.80}", param=key)
     if _deeper_than(MAX_NESTING, value):
         raise RequestError(f"{where}: {key} is nested over {MAX_NESTING} levels deep", param=key)
+    _check_text(value, key, line)
+    return value
+
+
+def _check_text(value: object, key: str, line: Line) -> None:
     try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeEncodeError:
         raise RequestError(
-            f"{where}: {key} holds half of a surrogate pair, which is no character", param=key
+            f"line {line.number}: {key} holds half of a surrogate pair, which is no character",
+            param=key,
         ) from None
-    return value
+    except ValueError:  # 1e400, which is read as infinity
+        raise RequestError(
+            f"line {line.number}: {key} holds a number beyond all that JSON can write", param=key
+        ) from None
 
 
 def _deeper_than(levels: int, value: object) -> bool:
@@ -243,6 +166,6 @@ def _check_keys(given: Mapping[str, Any], line: Line) -> None:
         if key not in _KEYS:
             raise RequestError(
                 f"line {line.number} has an unknown key {key!r:.80}; a row has prompt or messages, "
-                f"and may have {', '.join(OPTIONS)}",
+                f"and may have id, {', '.join(OPTIONS)}",
                 param=key,
             )

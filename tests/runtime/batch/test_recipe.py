@@ -1,17 +1,13 @@
-"""How rows become requests: whose option counts, chat or raw, and how long the longest is."""
+"""How rows become requests: whose option counts, and chat or raw."""
 
 from __future__ import annotations
 
-import io
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from llama_runtime.batch.lines import LineReader
-from llama_runtime.batch.recipe import Recipe, Scan
-from llama_runtime.batch.rows import Row, Rows
+from llama_runtime.batch.recipe import Recipe
+from llama_runtime.batch.rows import Row
 from llama_runtime.bundle import open_bundle
 from llama_runtime.errors import CapacityError, RequestError
 from llama_runtime.params import SamplingParams
@@ -25,11 +21,6 @@ def encoder(fake_bundle: Path) -> PromptEncoder:
 
 def raw_recipe(encoder: PromptEncoder) -> Recipe:
     return Recipe.of_job(encoder, SamplingParams(max_tokens=24), {}, False)
-
-
-def rows_of(*records: dict[str, Any] | str) -> Rows:
-    lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
-    return Rows(LineReader(io.BytesIO("\n".join(lines).encode())), jsonl=True)
 
 
 def test_a_row_option_goes_before_the_job_and_that_before_the_bundle(raw_bundle: Path) -> None:
@@ -65,16 +56,3 @@ def test_a_row_too_long_for_the_model_names_what_to_change(encoder: PromptEncode
         with pytest.raises(CapacityError, match="the model's limit 512") as caught:
             raw_recipe(encoder).request(row)
         assert caught.value.param == param
-
-
-def test_a_scan_finds_the_longest_row_that_the_model_can_take(encoder: PromptEncoder) -> None:
-    records: list[dict[str, Any] | str] = [{"prompt": "x" * 50}, {"prompt": "x" * 300}]
-    records += [{"prompt": "y", "max_tokens": 100}, {"prompt": "z" * 600}]
-    records += ["{broken", {"prompt": "x" * 400, "top_p": 3}]
-    scan = Scan()
-    scan.read(rows_of(*records), raw_recipe(encoder))
-    assert scan.rows == len(records)
-    assert scan.longest == 324, "300 and 24: the longer ones can't run at all"
-    empty = Scan()
-    empty.read(rows_of("{", "["), raw_recipe(encoder))
-    assert (empty.rows, empty.longest) == (2, 2)

@@ -1,14 +1,10 @@
-"""Prompts files: each line becomes a row, and a bad line harms no other."""
+"""Lines of prompts: each becomes a row, and a bad line harms no other."""
 
 from __future__ import annotations
 
 import errno
 import io
-import os
-import sys
-import threading
-from pathlib import Path
-from typing import Any
+import json
 
 import pytest
 from hypothesis import given
@@ -16,12 +12,13 @@ from hypothesis import strategies as st
 
 from llama_runtime.batch import lines as lines_module
 from llama_runtime.batch.lines import LineReader
-from llama_runtime.batch.rows import MAX_NESTING, Row, Rows, Source
+from llama_runtime.batch.rows import MAX_NESTING, Row, parse_row
 from llama_runtime.errors import RequestError
 
 
 def read(data: bytes, *, jsonl: bool = True) -> list[Row]:
-    return list(Rows(LineReader(io.BytesIO(data)), jsonl=jsonl))
+    lines = LineReader(io.BytesIO(data))
+    return [parse_row(index, line, is_object=jsonl) for index, line in enumerate(lines)]
 
 
 def error_of(line: bytes | str) -> str:
@@ -77,7 +74,7 @@ def test_a_file_that_fails_while_it_is_read_is_a_named_error() -> None:
         def read1(self, _size: int | None = -1, /) -> bytes:
             raise OSError(errno.EIO, "Input/output error")
 
-    with pytest.raises(RequestError, match="the prompts can't be read: Input/output error"):
+    with pytest.raises(RequestError, match="be read beyond line 0: Input/output error"):
         list(LineReader(Broken()))
 
 
@@ -86,6 +83,32 @@ def test_a_line_that_is_not_text_is_the_error_of_its_row() -> None:
     assert [row.prompt for row in rows] == ["good", None, None, "good"]
     assert "line 2 is not UTF-8 text: byte 0xFF at position 1" in str(rows[1].error)
     assert "line 3 is not text" in str(rows[2].error)
+
+
+def test_a_number_that_json_can_not_write_is_an_error_of_its_row() -> None:
+    """Python reads 1e400 as infinity, and would write a word that no other reader takes."""
+    for line in (
+        '{"messages": [{"role": "user", "content": 1e400}]}',
+        '{"messages": [{"role": "user", "content": "a", "x": [-1e999]}]}',
+    ):
+        (row,) = read(line.encode())
+        assert "messages holds a number beyond all that JSON can write" in str(row.error)
+        assert row.prompt is None
+
+
+def test_a_row_keeps_its_own_name_if_it_is_one() -> None:
+    for value in ("a", "é" * 512, 0, -5, 10**30):
+        (row,) = read(json.dumps({"id": value, "prompt": "x"}).encode())
+        assert (row.id, row.error) == (value, None)
+    wrong: list[object] = ["", "x" * 513, 1.5, True, [], {"a": 1}]
+    for bad in wrong:
+        (row,) = read(json.dumps({"id": bad, "prompt": "x"}).encode())
+        assert row.id is None
+        assert "line 1: id must be a whole number, or a text of 1 to 512 characters" in str(
+            row.error
+        )
+    (row,) = read(b'{"id": "kept", "prompt": "x", "nonsense": 1}')
+    assert (row.id, row.error is None) == ("kept", False)
 
 
 def test_a_row_keeps_the_options_it_sets_and_null_counts_as_left_out() -> None:
@@ -140,74 +163,3 @@ def test_a_bad_line_leaves_the_others_alone() -> None:
         (1, None, False),
         (2, "b", True),
     ]
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "jsonl"),
-    [
-        ("a.txt", b'{"prompt": "a"}', False),
-        ("a.jsonl", b'{"prompt": "a"}', True),
-        ("a.JSONL", b'{"prompt": "a"}', True),
-        ("a", b'\n  {"prompt": "a"}', True),
-        ("a", b'say {"prompt": "a"}', False),
-    ],
-)
-def test_the_form_is_told_by_the_name_and_else_by_the_first_character(
-    tmp_path: Path, name: str, data: bytes, jsonl: bool
-) -> None:
-    path = tmp_path / name
-    path.write_bytes(data)
-    with Source.named(str(path)).open() as rows:
-        (row,) = rows
-    assert (row.prompt == "a") is jsonl
-
-
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (b"", "is empty: it has no prompts"),
-        (b"\n  \n\r\n", "is empty: it has no prompts"),
-        (b"\x7fELF\0\0", "line 1 is not text"),
-        (b"\xff\xfeh\0i\0", "line 1 is not UTF-8 text"),
-        (b"good\nbad \xc3\n", "line 2 is not UTF-8 text"),
-    ],
-)
-def test_a_file_that_is_not_text_is_refused_as_a_whole(
-    tmp_path: Path, data: bytes, words: str
-) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(data)
-    with pytest.raises(RequestError, match=words), Source.named(str(path)).open(strict=True) as all:
-        list(all)
-
-
-def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"nowhere\.txt does not exist"):
-        Source.named(str(tmp_path / "nowhere.txt"))
-    with pytest.raises(RequestError, match="is a directory"):
-        Source.named(str(tmp_path))
-    with pytest.raises(RequestError, match="can't be read"):
-        Source.named("x" * 5000)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="a pipe can't be asked there")
-def test_a_pipe_says_whether_a_row_has_arrived() -> None:
-    reading, writing = os.pipe()
-    with open(reading, "rb") as file:
-        rows = Rows(LineReader(file), jsonl=False)
-        assert not rows.ready()
-        os.write(writing, b"one\ntwo\nthr")
-        assert rows.ready()
-        assert next(rows).prompt == "one"
-        assert rows.ready(), "the second line is in the buffer"
-        assert next(rows).prompt == "two"
-        assert not rows.ready(), "the third isn't whole"
-
-        def finish() -> None:
-            os.write(writing, b"ee")
-            os.close(writing)
-
-        threading.Timer(0.05, finish).start()
-        rest: list[Any] = [row.prompt for row in rows]
-        assert rest == ["three"]
-        assert rows.ready(), "the end is known"
