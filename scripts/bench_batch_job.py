@@ -1,0 +1,128 @@
+"""See ``scripts/bench_batch_job``."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from llama_runtime.batch.job import Job
+from llama_runtime.batch.preparation import prepared
+from llama_runtime.batch.recipe import Recipe
+from llama_runtime.batch.runner import LocalRunner
+from llama_runtime.batch.settings import Settings
+from llama_runtime.batch.source import Source
+from llama_runtime.llm import LLM
+from llama_runtime.machine import default_threads
+from llama_runtime.progress import Console
+from llama_runtime.prompt_encoder import PromptEncoder
+from scripts.bench_clock import seconds
+from scripts.bench_machine import ROOT, machine
+from scripts.fetch_model import OUTPUT as SMOLLM2
+
+BUNDLE = ROOT / "artifacts/bench/int8-uncalibrated"
+WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have"
+MAX_BATCH, MAX_LEN = 32, 512
+ASKED = 1.03
+
+
+def main() -> None:
+    """Both in turns, and the median of the ratios."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--bundle", type=Path, default=BUNDLE)
+    options = parser.parse_args()
+    if not options.bundle.exists():
+        command = [
+            sys.executable,
+            "-m",
+            "llama_export",
+            "build",
+            str(SMOLLM2),
+            "--precision",
+            "int8",
+        ]
+        command += ["--no-calibration", "--no-quality", "--output", str(options.bundle), "--quiet"]
+        subprocess.run(command, check=True)
+    rows = _rows(options.rows)
+    ratios, found = [], []
+    with LLM(options.bundle, max_batch=MAX_BATCH, max_len=MAX_LEN, threads=options.threads) as llm:
+        llm.warm_up()
+        for number in range(options.rounds + 1):  # the first one warms up
+            plain = seconds(lambda: _generate(llm, rows))
+            job = seconds(lambda: _run_job(llm, options.bundle, rows))
+            if number:
+                ratios.append(job / plain)
+                found.append((plain, job))
+                print(f"LLM.generate {plain:6.2f} s, the job {job:6.2f} s, {job / plain:.3f} times")
+    ratio = median(ratios)
+    print(f"a job takes {ratio:.3f} times as long (asked for: {ASKED} at most)")
+    figures: dict[str, Any] = {
+        **machine(),
+        "rows": options.rows,
+        "threads": options.threads,
+        "ratio": ratio,
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+        "seconds": found,
+        "asked": ASKED,
+    }
+    print(json.dumps(figures))
+
+
+def _rows(count: int) -> list[dict[str, Any]]:
+    """Prompts of 16 to 256 words that share no beginning, 16 to 128 tokens out."""
+    numbers = random.Random(0)
+    words = WORDS.split()
+    return [
+        {
+            "prompt": " ".join(
+                [f"Row {index}:", *numbers.choices(words, k=numbers.randint(16, 256))]
+            ),
+            "max_tokens": numbers.randint(16, 128),
+        }
+        for index in range(count)
+    ]
+
+
+def _generate(llm: LLM, rows: list[dict[str, Any]]) -> None:
+    params = [
+        replace(llm.default_params, temperature=0.0, max_tokens=row["max_tokens"], ignore_eos=True)
+        for row in rows
+    ]
+    llm.generate([row["prompt"] for row in rows], params)
+
+
+def _run_job(llm: LLM, bundle: Path, rows: list[dict[str, Any]]) -> None:
+    """What ``llama-run batch`` does, but for loading the model."""
+    sampling = {"temperature": 0.0, "ignore_eos": True}
+    settings = Settings(bundle=bundle, options=sampling, chat=False)
+    console = Console(io.StringIO(), quiet=True)
+    with tempfile.TemporaryDirectory() as name:
+        source = Source(Path(name, "rows.jsonl"))
+        assert source.path is not None
+        source.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        encoder = PromptEncoder(llm.bundle)
+        recipe = Recipe.of_job(encoder, llm.default_params, sampling, chat=False)
+        output = Path(name, "results.jsonl")
+        with prepared(source, output, recipe, settings, console, lambda _: None) as work:
+            work.ledger.window = 8 * llm.max_batch
+            job = Job(work.ledger, work.statistics, work.folder, lambda: llm.stats().running)
+            with work.records() as records:
+                job.run(LocalRunner(llm, work.form), records)
+        if work.statistics.rows != len(rows) or work.statistics.failed:
+            raise RuntimeError(f"{work.statistics.failed} rows failed")
+
+
+if __name__ == "__main__":
+    main()
