@@ -18,8 +18,8 @@ from unittest import mock
 from llama_runtime import loading
 from llama_runtime.backends.fake import Fake
 from llama_runtime.batch import command
+from llama_runtime.batch.rows.source import Source
 from llama_runtime.batch.settings import Settings
-from llama_runtime.batch.source import Source
 from llama_runtime.contract import Geometry
 from llama_runtime.progress import Console
 from llama_runtime.sampling import Reference

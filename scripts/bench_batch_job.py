@@ -14,12 +14,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from llama_runtime.batch.forms.recipe import Recipe
 from llama_runtime.batch.job import Job
 from llama_runtime.batch.preparation import prepared
-from llama_runtime.batch.recipe import Recipe
-from llama_runtime.batch.runner import LocalRunner
+from llama_runtime.batch.rows.source import Source
+from llama_runtime.batch.runners.runner import LocalRunner
 from llama_runtime.batch.settings import Settings
-from llama_runtime.batch.source import Source
 from llama_runtime.llm import LLM
 from llama_runtime.machine import default_threads
 from llama_runtime.progress import Console

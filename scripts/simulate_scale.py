@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llama_runtime.batch.ray_tables import rows_of_piece
+from llama_runtime.batch.runners.ray_tables import rows_of_piece
 
 WORKERS = 64
 SLOTS = 32  # of a worker

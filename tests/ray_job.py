@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llama_runtime.batch.form import form_of
+from llama_runtime.batch.figures.statistics import Statistics
+from llama_runtime.batch.forms.form import form_of
+from llama_runtime.batch.forms.recipe import Recipe
 from llama_runtime.batch.job import Job
 from llama_runtime.batch.job_folder import JobFolder
-from llama_runtime.batch.ledger import Ledger
-from llama_runtime.batch.ray_runner import RayRunner
-from llama_runtime.batch.recipe import Recipe
-from llama_runtime.batch.source import Source
-from llama_runtime.batch.statistics import Statistics
+from llama_runtime.batch.results.ledger import Ledger
+from llama_runtime.batch.rows.source import Source
+from llama_runtime.batch.runners.ray_runner import RayRunner
+from llama_runtime.batch.runners.worker_spec import WorkerSpec
 from llama_runtime.batch.work import records_of
-from llama_runtime.batch.worker_spec import WorkerSpec
 from llama_runtime.bundle import open_bundle
 from llama_runtime.errors import CaravanError
 from llama_runtime.generation_config import default_params

@@ -10,10 +10,10 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
-from llama_runtime.batch.formats import Record
-from llama_runtime.batch.lines import Line
-from llama_runtime.batch.outcome import Outcome
-from llama_runtime.batch.runner import LocalRunner
+from llama_runtime.batch.forms.formats import Record
+from llama_runtime.batch.results.outcome import Outcome
+from llama_runtime.batch.rows.lines import Line
+from llama_runtime.batch.runners.runner import LocalRunner
 from tests.ray_cluster import RayJob, ray_cluster, wait_until
 from tests.ray_job import spec_of
 

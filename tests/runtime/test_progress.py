@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_runtime import progress
-from llama_runtime.batch.ledger import Ledger
-from llama_runtime.batch.outcome import Outcome
+from llama_runtime.batch.figures.statistics import Statistics
 from llama_runtime.batch.report import Status, retried, sampling, summary
-from llama_runtime.batch.runner import RowRunner
-from llama_runtime.batch.statistics import Statistics
+from llama_runtime.batch.results.ledger import Ledger
+from llama_runtime.batch.results.outcome import Outcome
+from llama_runtime.batch.runners.runner import RowRunner
 from llama_runtime.params import SamplingParams
 from llama_runtime.progress import Console, duration, fit
 from llama_runtime.shared_engine import Stats

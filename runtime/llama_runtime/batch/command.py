@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import Literal
 
 from llama_runtime.batch import report
+from llama_runtime.batch.figures.statistics import Statistics
+from llama_runtime.batch.figures.summary import now, summary, write
+from llama_runtime.batch.forms.recipe import Recipe
 from llama_runtime.batch.job import Job
 from llama_runtime.batch.job_folder import JobFolder
-from llama_runtime.batch.ledger import Ledger
 from llama_runtime.batch.preparation import prepared
-from llama_runtime.batch.ray_runner import RayRunner
-from llama_runtime.batch.recipe import Recipe
-from llama_runtime.batch.runner import LocalRunner, RowRunner
-from llama_runtime.batch.scan import Scan
+from llama_runtime.batch.results.ledger import Ledger
+from llama_runtime.batch.rows.scan import Scan
+from llama_runtime.batch.rows.source import Source
+from llama_runtime.batch.runners.places import check_memory, places
+from llama_runtime.batch.runners.ray_runner import RayRunner
+from llama_runtime.batch.runners.runner import LocalRunner, RowRunner
+from llama_runtime.batch.runners.worker_spec import WorkerSpec
+from llama_runtime.batch.runners.workers import WorkerPool
 from llama_runtime.batch.settings import Settings
-from llama_runtime.batch.source import Source
-from llama_runtime.batch.statistics import Statistics
-from llama_runtime.batch.summary import now, summary, write
 from llama_runtime.batch.work import Work
-from llama_runtime.batch.worker_spec import WorkerSpec
-from llama_runtime.batch.workers import WorkerPool, check_memory, places
 from llama_runtime.bundle import open_bundle
 from llama_runtime.errors import CaravanError, RequestError
 from llama_runtime.generation_config import default_params

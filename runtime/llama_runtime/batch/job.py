@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from llama_runtime.batch.formats import Record
+from llama_runtime.batch.figures.statistics import Statistics
+from llama_runtime.batch.forms.formats import Record
 from llama_runtime.batch.job_folder import JobFolder
-from llama_runtime.batch.ledger import Ledger
-from llama_runtime.batch.outcome import Outcome
-from llama_runtime.batch.runner import RowRunner
-from llama_runtime.batch.statistics import Statistics
+from llama_runtime.batch.results.ledger import Ledger
+from llama_runtime.batch.results.outcome import Outcome
+from llama_runtime.batch.runners.runner import RowRunner
 
 SAMPLE_SECONDS = 0.5  # of the timeline
 

@@ -9,17 +9,17 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any
 
-from llama_runtime.batch.destination import can_resume, check_unused
-from llama_runtime.batch.form import form_of
-from llama_runtime.batch.formats import Format
+from llama_runtime.batch.forms.form import form_of
+from llama_runtime.batch.forms.formats import Format
+from llama_runtime.batch.forms.recipe import Recipe
 from llama_runtime.batch.identity import bundle_hash, check_same
 from llama_runtime.batch.job_folder import JobFolder, errors_path
-from llama_runtime.batch.ledger import Ledger
-from llama_runtime.batch.recipe import Recipe
-from llama_runtime.batch.scan import Scan
+from llama_runtime.batch.results.destination import can_resume, check_unused
+from llama_runtime.batch.results.ledger import Ledger
+from llama_runtime.batch.rows.scan import Scan
+from llama_runtime.batch.rows.source import Kind, Rows, Source
+from llama_runtime.batch.rows.spool import Spool
 from llama_runtime.batch.settings import Settings
-from llama_runtime.batch.source import Kind, Rows, Source
-from llama_runtime.batch.spool import Spool
 from llama_runtime.batch.work import Work, records_of
 from llama_runtime.errors import RequestError
 from llama_runtime.memory_plan import megabytes

@@ -6,11 +6,11 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from llama_runtime.batch.ledger import Ledger
-from llama_runtime.batch.recipe import Recipe
-from llama_runtime.batch.runner import RowRunner
-from llama_runtime.batch.statistics import Statistics
-from llama_runtime.batch.verify import Verdict
+from llama_runtime.batch.figures.statistics import Statistics
+from llama_runtime.batch.forms.recipe import Recipe
+from llama_runtime.batch.results.ledger import Ledger
+from llama_runtime.batch.results.verify import Verdict
+from llama_runtime.batch.runners.runner import RowRunner
 from llama_runtime.params import SamplingParams
 from llama_runtime.progress import duration
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from llama_runtime.batch.formats import Format, Record
+from llama_runtime.batch.figures.statistics import Statistics
+from llama_runtime.batch.forms.formats import Format, Record
+from llama_runtime.batch.forms.recipe import Recipe
 from llama_runtime.batch.job_folder import JobFolder
-from llama_runtime.batch.ledger import Ledger
-from llama_runtime.batch.recipe import Recipe
-from llama_runtime.batch.retries import merge_retries
-from llama_runtime.batch.scan import Scan
-from llama_runtime.batch.source import Kind, Rows
-from llama_runtime.batch.statistics import Statistics
-from llama_runtime.batch.verify import Verdict, verify
+from llama_runtime.batch.results.ledger import Ledger
+from llama_runtime.batch.results.retries import merge_retries
+from llama_runtime.batch.results.verify import Verdict, verify
+from llama_runtime.batch.rows.scan import Scan
+from llama_runtime.batch.rows.source import Kind, Rows
 from llama_runtime.progress import Console
 
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from llama_runtime.batch.job import Job
-from llama_runtime.batch.outcome import Outcome
+from llama_runtime.batch.results.outcome import Outcome
 from llama_runtime.cli import cli
 from tests.runtime.batch.jobs import OPTIONS, jsonl, mixed_rows
 

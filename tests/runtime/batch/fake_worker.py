@@ -14,9 +14,9 @@ from typing import Any
 
 from llama_runtime import loading
 from llama_runtime.backends.fake import Fake
-from llama_runtime.batch import worker_process
-from llama_runtime.batch.formats import Record
-from llama_runtime.batch.runner import LocalRunner
+from llama_runtime.batch.forms.formats import Record
+from llama_runtime.batch.runners import worker_process
+from llama_runtime.batch.runners.runner import LocalRunner
 from llama_runtime.errors import CaravanError
 from llama_runtime.sampling import Reference
 

@@ -11,16 +11,16 @@ from typing import Any, cast
 
 from click.testing import Result
 
-from llama_runtime.batch.formats import Format, Record
+from llama_runtime.batch.figures.statistics import Statistics
+from llama_runtime.batch.forms.formats import Format, Record
+from llama_runtime.batch.forms.openai_format import OpenAiFormat
+from llama_runtime.batch.forms.prompt_format import PromptFormat
+from llama_runtime.batch.forms.recipe import Recipe
 from llama_runtime.batch.job import Job
-from llama_runtime.batch.ledger import Ledger
-from llama_runtime.batch.lines import LineReader
-from llama_runtime.batch.openai_format import OpenAiFormat
-from llama_runtime.batch.outcome import Outcome
-from llama_runtime.batch.prompt_format import PromptFormat
-from llama_runtime.batch.recipe import Recipe
-from llama_runtime.batch.runner import LocalRunner
-from llama_runtime.batch.statistics import Statistics
+from llama_runtime.batch.results.ledger import Ledger
+from llama_runtime.batch.results.outcome import Outcome
+from llama_runtime.batch.rows.lines import LineReader
+from llama_runtime.batch.runners.runner import LocalRunner
 from llama_runtime.llm import LLM
 from llama_runtime.prompt_encoder import PromptEncoder
 

@@ -10,10 +10,10 @@ import pyarrow.parquet
 import pytest
 
 from llama_runtime import loading
-from llama_runtime.batch.formats import Record
+from llama_runtime.batch.forms.formats import Record
+from llama_runtime.batch.forms.openai_format import OpenAiFormat
+from llama_runtime.batch.forms.prompt_format import PromptFormat
 from llama_runtime.batch.job_folder import JobFolder
-from llama_runtime.batch.openai_format import OpenAiFormat
-from llama_runtime.batch.prompt_format import PromptFormat
 from llama_runtime.errors import RequestError
 from tests.runtime.batch.jobs import (
     OPTIONS,

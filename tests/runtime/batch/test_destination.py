@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llama_runtime.batch.destination import can_resume, check_unused, destination
 from llama_runtime.batch.job_folder import JobFolder, errors_path
-from llama_runtime.batch.source import Source
+from llama_runtime.batch.results.destination import can_resume, check_unused, destination
+from llama_runtime.batch.rows.source import Source
 from llama_runtime.errors import RequestError
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_runtime.batch.done_rows import DoneRows
+from llama_runtime.batch.results.done_rows import DoneRows
 
 
 @given(st.lists(st.integers(0, 300), unique=True), st.booleans())

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llama_runtime.batch.recipe import Recipe
-from llama_runtime.batch.statistics import Statistics
+from llama_runtime.batch.figures.statistics import Statistics
+from llama_runtime.batch.forms.recipe import Recipe
 from llama_runtime.completion import Completion, Request
 from llama_runtime.llm import LLM
 from llama_runtime.params import SamplingParams, row_seed

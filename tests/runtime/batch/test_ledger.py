@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_runtime.batch import in_order as in_order_module
-from llama_runtime.batch import ledger as ledger_module
-from llama_runtime.batch.formats import Format
-from llama_runtime.batch.in_order import InOrder
-from llama_runtime.batch.ledger import Ledger
-from llama_runtime.batch.outcome import Outcome
+from llama_runtime.batch.forms.formats import Format
+from llama_runtime.batch.results import in_order as in_order_module
+from llama_runtime.batch.results import ledger as ledger_module
+from llama_runtime.batch.results.in_order import InOrder
+from llama_runtime.batch.results.ledger import Ledger
+from llama_runtime.batch.results.outcome import Outcome
 from llama_runtime.errors import RequestError
 from tests.runtime.batch.jobs import OPENAI, PROMPTS, made_up
 

@@ -12,7 +12,7 @@ import pytest
 from openai.types import Completion as OpenaiCompletion
 from openai.types.chat import ChatCompletion
 
-from llama_runtime.batch.openai_format import OpenAiFormat
+from llama_runtime.batch.forms.openai_format import OpenAiFormat
 from llama_runtime.bundle import open_bundle, write_manifest
 from llama_runtime.llm import LLM
 from llama_runtime.params import SamplingParams, row_seed

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llama_runtime.batch.output_file import OutputFile
+from llama_runtime.batch.results.output_file import OutputFile
 from llama_runtime.errors import CaravanError
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from llama_runtime.batch.prefetch import Prefetch
+from llama_runtime.batch.runners.prefetch import Prefetch
 
 
 def test_items_come_in_order_and_then_what_the_iterator_raised() -> None:

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_runtime.batch import ray_cluster
-from llama_runtime.batch.ray_cluster import check_address, check_room, threads_each
+from llama_runtime.batch.runners import ray_cluster
+from llama_runtime.batch.runners.ray_cluster import check_address, check_room, threads_each
 from llama_runtime.errors import BackendError, CapacityError, DependencyError, RequestError
 
 

@@ -20,17 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_runtime import __version__
-from llama_runtime.batch import command, ray_cluster, ray_runner, ray_tables
-from llama_runtime.batch.formats import Record
-from llama_runtime.batch.lines import Line
-from llama_runtime.batch.outcome import Outcome
-from llama_runtime.batch.ray_runner import RayRunner
-from llama_runtime.batch.ray_tables import Piece, Shards, outcome_table, outcomes_of
-from llama_runtime.batch.ray_worker import MOST_TRIES, BatchRunner, manifest_hash
-from llama_runtime.batch.runner import LocalRunner
+from llama_runtime.batch import command
+from llama_runtime.batch.forms.formats import Record
+from llama_runtime.batch.results.outcome import Outcome
+from llama_runtime.batch.rows.lines import Line
+from llama_runtime.batch.rows.source import Source
+from llama_runtime.batch.runners import ray_cluster, ray_runner, ray_tables
+from llama_runtime.batch.runners.ray_runner import RayRunner
+from llama_runtime.batch.runners.ray_tables import Piece, Shards, outcome_table, outcomes_of
+from llama_runtime.batch.runners.ray_worker import MOST_TRIES, BatchRunner, manifest_hash
+from llama_runtime.batch.runners.runner import LocalRunner
+from llama_runtime.batch.runners.worker_spec import WorkerSpec
 from llama_runtime.batch.settings import Settings
-from llama_runtime.batch.source import Source
-from llama_runtime.batch.worker_spec import WorkerSpec
 from llama_runtime.errors import (
     BackendError,
     CapacityError,

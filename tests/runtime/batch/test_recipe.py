@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_runtime.batch.recipe import Recipe
-from llama_runtime.batch.rows import Row
+from llama_runtime.batch.forms.prompt_rows import Row
+from llama_runtime.batch.forms.recipe import Recipe
 from llama_runtime.bundle import open_bundle
 from llama_runtime.errors import CapacityError, RequestError
 from llama_runtime.params import SamplingParams

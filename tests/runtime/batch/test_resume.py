@@ -8,10 +8,10 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from llama_runtime.batch import output_file
-from llama_runtime.batch.formats import Record
+from llama_runtime.batch.forms.formats import Record
+from llama_runtime.batch.forms.prompt_format import PromptFormat
 from llama_runtime.batch.job_folder import JobFolder
-from llama_runtime.batch.prompt_format import PromptFormat
+from llama_runtime.batch.results import output_file
 from llama_runtime.errors import CaravanError
 from tests.runtime.batch.jobs import (
     OPTIONS,

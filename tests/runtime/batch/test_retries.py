@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from llama_runtime.batch.formats import Format
+from llama_runtime.batch.forms.formats import Format
 from llama_runtime.batch.job_folder import JobFolder
-from llama_runtime.batch.retries import merge_retries
+from llama_runtime.batch.results.retries import merge_retries
 from llama_runtime.errors import CaravanError
 from tests.runtime.batch.jobs import OPENAI, PROMPTS, made_up
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_runtime.batch import lines as lines_module
-from llama_runtime.batch.lines import LineReader
-from llama_runtime.batch.rows import MAX_NESTING, Row, parse_row
+from llama_runtime.batch.forms.prompt_rows import MAX_NESTING, Row, parse_row
+from llama_runtime.batch.rows import lines as lines_module
+from llama_runtime.batch.rows.lines import LineReader
 from llama_runtime.errors import RequestError
 
 

@@ -12,15 +12,15 @@ import pytest
 
 from llama_runtime.backends.fake import Fake
 from llama_runtime.backends.faulty import Faulty
-from llama_runtime.batch.formats import Record
-from llama_runtime.batch.in_order import InOrder
+from llama_runtime.batch.figures.statistics import Statistics
+from llama_runtime.batch.forms.formats import Record
+from llama_runtime.batch.forms.prompt_format import PromptFormat
 from llama_runtime.batch.job import Job
-from llama_runtime.batch.ledger import Ledger
-from llama_runtime.batch.lines import Line
-from llama_runtime.batch.outcome import Outcome
-from llama_runtime.batch.prompt_format import PromptFormat
-from llama_runtime.batch.runner import LocalRunner
-from llama_runtime.batch.statistics import Statistics
+from llama_runtime.batch.results.in_order import InOrder
+from llama_runtime.batch.results.ledger import Ledger
+from llama_runtime.batch.results.outcome import Outcome
+from llama_runtime.batch.rows.lines import Line
+from llama_runtime.batch.runners.runner import LocalRunner
 from llama_runtime.errors import BackendError
 from llama_runtime.llm import LLM
 from llama_runtime.step_batch import Step

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from llama_runtime.batch import scan as scan_module
-from llama_runtime.batch.formats import Format, Record
-from llama_runtime.batch.lines import Line
-from llama_runtime.batch.prompt_format import PromptFormat
-from llama_runtime.batch.recipe import Recipe
-from llama_runtime.batch.scan import Scan
+from llama_runtime.batch.forms.formats import Format, Record
+from llama_runtime.batch.forms.prompt_format import PromptFormat
+from llama_runtime.batch.forms.recipe import Recipe
+from llama_runtime.batch.rows import scan as scan_module
+from llama_runtime.batch.rows.lines import Line
+from llama_runtime.batch.rows.scan import Scan
 from llama_runtime.bundle import open_bundle
 from llama_runtime.errors import CaravanError, RequestError
 from llama_runtime.params import SamplingParams

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_runtime.batch.lines import LineReader
-from llama_runtime.batch.source import Source
+from llama_runtime.batch.rows.lines import LineReader
+from llama_runtime.batch.rows.source import Source
 from llama_runtime.errors import DependencyError, RequestError
 from llama_runtime.openai_api.parsing import parse_chat
 from llama_runtime.params import SamplingParams

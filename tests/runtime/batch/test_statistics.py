@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_runtime.batch.histogram import SECOND_EDGES, TOKEN_EDGES, Histogram
-from llama_runtime.batch.outcome import Outcome
-from llama_runtime.batch.statistics import MAX_ERROR_CHARS, MAX_ERRORS, Statistics
-from llama_runtime.batch.timeline import MAX_SAMPLES, Timeline
+from llama_runtime.batch.figures.histogram import SECOND_EDGES, TOKEN_EDGES, Histogram
+from llama_runtime.batch.figures.statistics import MAX_ERROR_CHARS, MAX_ERRORS, Statistics
+from llama_runtime.batch.figures.timeline import MAX_SAMPLES, Timeline
+from llama_runtime.batch.results.outcome import Outcome
 from llama_runtime.errors import CaravanError
 
 tokens = st.integers(0, 300) | st.integers(0, 10**9) | st.sampled_from(TOKEN_EDGES)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_runtime.batch.formats import Format
-from llama_runtime.batch.verify import Verdict, verify
+from llama_runtime.batch.forms.formats import Format
+from llama_runtime.batch.results.verify import Verdict, verify
 from tests.runtime.batch.jobs import OPENAI, PROMPTS, Given, jsonl, made_up, records_of
 
 NUM_ROWS = 12

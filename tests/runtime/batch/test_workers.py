@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from llama_runtime.batch import workers
-from llama_runtime.batch.worker_spec import WorkerSpec
-from llama_runtime.batch.workers import Place, WorkerPool, check_memory, places
+from llama_runtime.batch.runners import places as places_module
+from llama_runtime.batch.runners import worker
+from llama_runtime.batch.runners.places import Place, check_memory, places
+from llama_runtime.batch.runners.worker_spec import WorkerSpec
+from llama_runtime.batch.runners.workers import WorkerPool
 from llama_runtime.contract import Geometry
 from llama_runtime.errors import CapacityError, RequestError
 from llama_runtime.machine import Memory
@@ -34,7 +36,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def command(*args: object) -> None:
         fake = (sys.executable, str(FAKE_WORKER), *map(str, args))
-        monkeypatch.setattr(workers, "COMMAND", fake)
+        monkeypatch.setattr(worker, "COMMAND", fake)
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
 
     return command
@@ -155,15 +157,16 @@ def test_workers_end_when_whoever_started_them_is_killed(
     script.write_text(
         "import sys\n"
         "from itertools import count\n"
-        "from llama_runtime.batch import workers\n"
-        "from llama_runtime.batch.formats import Record\n"
-        "from llama_runtime.batch.lines import Line\n"
-        "from llama_runtime.batch.worker_spec import WorkerSpec\n"
-        f"workers.COMMAND = {workers.COMMAND!r}\n"
+        "from llama_runtime.batch.runners import worker, workers\n"
+        "from llama_runtime.batch.runners.places import Place\n"
+        "from llama_runtime.batch.forms.formats import Record\n"
+        "from llama_runtime.batch.rows.lines import Line\n"
+        "from llama_runtime.batch.runners.worker_spec import WorkerSpec\n"
+        f"worker.COMMAND = {worker.COMMAND!r}\n"
         f"spec = WorkerSpec(bundle={str(fake_bundle)!r}, kind='text', options={{}}, chat=False,\n"
         "    max_batch=2, max_len=300)\n"
-        "pool = workers.WorkerPool([workers.Place(spec)] * 2, None)\n"
-        "print(*(worker._process.pid for worker in pool._workers), flush=True)\n"
+        "pool = workers.WorkerPool([Place(spec)] * 2, None)\n"
+        "print(*(each._process.pid for each in pool._workers), flush=True)\n"
         "rows = (Record(i, Line(i + 1, 'a')) for i in count())\n"
         "pool.run(rows, lambda: True, print)\n"
     )
@@ -190,7 +193,7 @@ def is_running(pid: int) -> bool:
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_processors_are_shared_out(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(workers, "default_threads", lambda: 8)
+    monkeypatch.setattr(places_module, "default_threads", lambda: 8)
     found = places(SPEC, count, on_gpu=False)
     cores = [core for place in found for core in place.cores or ()]
     assert sorted(cores) == list(range(8)), "one is shared, or idle"
@@ -200,7 +203,7 @@ def test_processors_are_shared_out(count: int, monkeypatch: pytest.MonkeyPatch) 
 
 def test_more_processes_than_processors_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    monkeypatch.setattr(workers, "default_threads", lambda: 2)
+    monkeypatch.setattr(places_module, "default_threads", lambda: 2)
     found = places(SPEC, 3, on_gpu=False)
     assert found == [Place(replace(SPEC, threads=1))] * 3
 

@@ -1,0 +1,1 @@
+"""What is counted of a job, and how it is shown."""

@@ -1,0 +1,1 @@
+"""What is done, and the files that say so."""

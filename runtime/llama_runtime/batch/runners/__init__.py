@@ -1,0 +1,1 @@
+"""What runs rows: this process, several, or a cluster."""
