@@ -96,18 +96,19 @@ class Admission:
     ) -> Ticket:
         """A ticket for one request more; see ``Worker.admit`` and ``Worker.hold``."""
         with self._lock:
-            if self.closed:
-                raise closed()
-            if self.failure is not None:
-                raise BackendError(f"the engine has stopped: {self.failure}") from self.failure
-            if self.draining and within is None:
-                raise CaravanError("the LLM is draining: it takes no new requests")
+            self._check_open(within)
             if waits:
                 self._check_room(self._requests)
             ticket = Ticket(deliver, caller=within, streamed=streamed)
             self._change(ticket, int(waits), 0)
             self._tickets.add(ticket)
         return ticket
+
+    def check(self, requests: int, tokens: int) -> None:
+        """Raise what a request would be refused with if so much more waited; see ``open``."""
+        with self._lock:
+            self._check_open(None)
+            self._check_room(self._requests + requests, tokens)
 
     def place(self, ticket: Ticket, num_sequences: int, num_tokens: int) -> bool:
         """Count what a request that came in really is.
@@ -200,10 +201,19 @@ class Admission:
         with self._lock:
             return replace(self._stats)
 
-    def _check_room(self, requests: int) -> None:
-        if requests >= self._max_requests or self._tokens >= self._max_tokens:
+    def _check_open(self, within: Ticket | None) -> None:
+        if self.closed:
+            raise closed()
+        if self.failure is not None:
+            raise BackendError(f"the engine has stopped: {self.failure}") from self.failure
+        if self.draining and within is None:
+            raise CaravanError("the LLM is draining: it takes no new requests")
+
+    def _check_room(self, requests: int, more_tokens: int = 0) -> None:
+        tokens = self._tokens + more_tokens
+        if requests >= self._max_requests or tokens >= self._max_tokens:
             raise QueueFullError(
-                f"{requests:,} requests with {self._tokens:,} prompt tokens wait for a slot, of at "
+                f"{requests:,} requests with {tokens:,} prompt tokens wait for a slot, of at "
                 f"most {self._max_requests:,} and {self._max_tokens:,}: try again later, or raise "
                 "max_queued_requests or max_queued_tokens"
             )

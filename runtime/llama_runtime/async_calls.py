@@ -31,13 +31,14 @@ class Deadline:
 
     Args:
         timeout: seconds from now on, or None.
+        param: what the caller knows it as.
 
     Raises:
         RequestError: it is no number above 0.
     """
 
-    def __init__(self, timeout: float | None) -> None:
-        self.timeout = _seconds(timeout)
+    def __init__(self, timeout: float | None, param: str = "timeout") -> None:
+        self.timeout = _seconds(timeout, param)
         self._at = None if self.timeout is None else time.monotonic() + self.timeout
 
     @property
@@ -248,11 +249,11 @@ async def settled(future: Future[None], timeout: float | None) -> bool:
     return True
 
 
-def _seconds(timeout: object) -> float | None:
+def _seconds(timeout: object, param: str) -> float | None:
     if timeout is None:
         return None
     if isinstance(timeout, (int, float)) and not isinstance(timeout, bool) and timeout > 0:
         return timeout if timeout <= LONGEST_TIMEOUT else None
     raise RequestError(
-        f"timeout must be None or a number of seconds above 0, not {timeout!r:.80}", param="timeout"
+        f"{param} must be None or a number of seconds above 0, not {timeout!r:.80}", param=param
     )

@@ -157,12 +157,34 @@ class AsyncLLM:
         """Whether ``chat`` and ``stream_chat`` can be used."""
         return self._encoder.has_chat_template
 
+    @property
+    def encoder(self) -> PromptEncoder:
+        """The text side of the bundle; what takes long there is best called in a thread."""
+        return self._encoder
+
+    def check_room(self, requests: int = 0, tokens: int = 0) -> None:
+        """Raise what the next request would be refused with, before anything is done for it.
+
+        Args:
+            requests: that many others are about to be given to this.
+            tokens: of their prompts.
+
+        Raises:
+            QueueFullError: with those as much waits for a slot as may.
+            BackendError: the graph failed.
+            CaravanError: the LLM drains or is closed, or was loaded by the parent process.
+        """
+        self._worker.check_process()
+        self._worker.admission.check(requests, tokens)
+
     def stream(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
         timeout: float | None = None,
+        max_wait: float | None = None,
+        streamed: bool = True,
     ) -> AsyncStream:
         """Continue one raw prompt, an event a token.
 
@@ -171,15 +193,18 @@ class AsyncLLM:
             params: how to continue it; None takes the bundle's defaults.
             timeout: seconds from this call on, in the queue too, after which the slot is given
                 back and ``TimeoutError`` raised.
+            max_wait: seconds from this call on after which the same happens if it has had no slot.
+            streamed: whether somebody reads the tokens as they come. If so, the steps that compute
+                others' prompts are short while it runs.
 
         Returns:
             An asynchronous iterator. It begins when the first event is asked for, and what is wrong
             with the request is raised then.
 
         Raises:
-            RequestError: the prompt, ``params`` or ``timeout`` is of a wrong type.
+            RequestError: the prompt, ``params``, ``timeout`` or ``max_wait`` is of a wrong type.
         """
-        return self._stream(prompt, self._source, params, timeout)
+        return self._stream(prompt, self._source, params, timeout, max_wait, streamed=streamed)
 
     def stream_chat(
         self,
@@ -357,12 +382,17 @@ class AsyncLLM:
         source: Callable[[Item, SamplingParams], Source],
         params: SamplingParams | None,
         timeout: float | None,
+        max_wait: float | None = None,
+        *,
+        streamed: bool = True,
     ) -> AsyncStream:
         params = self.default_params if params is None else params
         if not isinstance(params, SamplingParams):
             raise wrong_type("params", "SamplingParams", params)
-        prompt = source(item, params)
-        return AsyncStream(self._worker, prompt, params, Deadline(timeout), owner=self)
+        prompt, turn = source(item, params), Deadline(max_wait, "max_wait")
+        return AsyncStream(
+            self._worker, prompt, params, Deadline(timeout), self, turn=turn, streamed=streamed
+        )
 
     async def _gather(
         self,

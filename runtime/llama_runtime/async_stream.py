@@ -28,6 +28,8 @@ class AsyncStream:
         params: how to continue it.
         deadline: when it has to be done.
         owner: kept from being collected as garbage, and so closed, as long as this is used.
+        turn: when it has to have a slot.
+        streamed: whether somebody reads its tokens as they come.
     """
 
     def __init__(
@@ -37,14 +39,19 @@ class AsyncStream:
         params: SamplingParams,
         deadline: Deadline,
         owner: object,
+        *,
+        turn: Deadline | None = None,
+        streamed: bool = True,
     ) -> None:
         self._worker = worker
         self._source = source
         self._params = params
         self._deadline = deadline
         self._owner = owner
+        self._turn = turn or Deadline(None)
+        self._streamed = streamed
         self._ticket: Ticket | None = None
-        self._timer: tuple[asyncio.AbstractEventLoop, asyncio.TimerHandle] | None = None
+        self._timers: list[tuple[asyncio.AbstractEventLoop, asyncio.TimerHandle]] = []
         self._sequences: tuple[Sequence, ...] = ()
         self._going: set[int] = set()
         self._ended = False
@@ -75,7 +82,7 @@ class AsyncStream:
         Raises:
             QueueFullError: too much waits for a slot.
             RequestError: the prompt or a parameter is wrong.
-            TimeoutError: the request's timeout has passed.
+            TimeoutError: the request's timeout has passed, or it waited too long for a slot.
             BackendError: the graph failed.
             CaravanError: the LLM drains or is closed, or was loaded by the parent process.
         """
@@ -83,11 +90,12 @@ class AsyncStream:
             return
         self._mailbox = Mailbox()
         try:
-            self._ticket = self._worker.admit(partial(self._mailbox.post, 0), streamed=True)
+            deliver = partial(self._mailbox.post, 0)
+            self._ticket = self._worker.admit(deliver, streamed=self._streamed)
             async with self._deadline.kept():
                 token_ids = await encoded(self._source)
             self._source = []
-            self._start_timer(self._ticket)
+            self._start_timers(self._ticket)
             self._worker.submit(self._ticket, token_ids, self._params)
             await self._next()
         except BaseException:
@@ -145,25 +153,33 @@ class AsyncStream:
             return None
         raise message.with_traceback(None)  # several may be told the same error
 
-    def _start_timer(self, ticket: Ticket) -> None:
+    def _start_timers(self, ticket: Ticket) -> None:
         """Have the slot given back in time, also while nobody waits for an event."""
-        left = self._deadline.left
-        if left is not None:
-            loop = asyncio.get_running_loop()
-            given = self._worker, ticket, self._mailbox, self._deadline
-            self._timer = loop, loop.call_later(left, _expire, *given)
+        loop = asyncio.get_running_loop()
+        for deadline, expire in ((self._deadline, _expire), (self._turn, _give_up_waiting)):
+            if deadline.left is not None:
+                given = self._worker, ticket, self._mailbox, deadline
+                self._timers.append((loop, loop.call_later(deadline.left, expire, *given)))
 
     def _end(self) -> None:
         """End the request; a finalizer calls it, in any thread."""
         self._ended = True
         if self._ticket is not None:
             self._worker.cancel(self._ticket)
-        if self._timer is not None and not self._worker.forked:
-            loop, timer = self._timer
-            self._timer = None
-            call_soon(loop, timer.cancel)
+        if not self._worker.forked:
+            while self._timers:
+                loop, timer = self._timers.pop()
+                call_soon(loop, timer.cancel)
 
 
 def _expire(worker: Worker, ticket: Ticket, mailbox: Mailbox, deadline: Deadline) -> None:
     worker.cancel(ticket)
     mailbox.post(0, deadline.error())
+
+
+def _give_up_waiting(worker: Worker, ticket: Ticket, mailbox: Mailbox, turn: Deadline) -> None:
+    """End a request none of whose samples has had a slot."""
+    if not ticket.ended and ticket.waiting >= max(1, len(ticket.sequences)):
+        worker.cancel(ticket)
+        message = f"the request has waited {turn.timeout} s for a slot, as long as it may"
+        mailbox.post(0, TimeoutError(f"{message}: try again later"))

@@ -27,6 +27,7 @@ from llama_runtime.cli_options import (
 from llama_runtime.command_line import FAILED, Commands, print_out
 from llama_runtime.errors import CapacityError, RequestError
 from llama_runtime.progress import Console
+from llama_runtime.serve_cli import serve
 
 
 def _examples(*lines: str) -> str:
@@ -46,6 +47,8 @@ def cli() -> None:
     A bundle is the directory that llama-export build writes.
     """
 
+
+cli.add_command(serve)
 
 
 @cli.command(
@@ -158,17 +161,19 @@ def batch(
     Exit status: 0 all rows went well, 1 some failed or the job can't go on, 2 wrong use, 130
     interrupted; what is written by then is whole.
     """
-    if verify and (force or retry_errors):
+    if verify and (force or retry_errors or report is not None):
         raise RequestError(
-            "--verify runs nothing: leave --force and --retry-errors out", param="verify"
+            "--verify runs nothing: leave --force, --retry-errors and --report out", param="verify"
         )
     from llama_runtime.batch.command import run
-    from llama_runtime.batch.destination import destination
+    from llama_runtime.batch.results.destination import check_report, destination
+    from llama_runtime.batch.rows.source import Source
     from llama_runtime.batch.settings import Settings
-    from llama_runtime.batch.source import Source
 
     source = Source.named(file)
     path = destination(source, output)
+    if report is not None:
+        check_report(report, source, path)
     settings = Settings(
         bundle=bundle,
         options=given(sampling),
@@ -219,9 +224,9 @@ def generate(
     "-" reads the prompt from standard input. With -n above 1 the completions follow each other, a
     line "--- 0 ---", "--- 1 ---", ... before each; log-probabilities need --json.
     """
-    from llama_runtime.batch.prompt_format import result_line
-    from llama_runtime.batch.recipe import Recipe
-    from llama_runtime.batch.rows import Row
+    from llama_runtime.batch.forms.prompt_format import result_line
+    from llama_runtime.batch.forms.prompt_rows import Row
+    from llama_runtime.batch.forms.recipe import Recipe
     from llama_runtime.bundle import open_bundle
     from llama_runtime.generation_config import default_params
     from llama_runtime.llm import LLM

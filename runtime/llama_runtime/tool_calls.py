@@ -89,12 +89,37 @@ def parse_tool_calls(
     return ParsedAnswer(content or None, tuple(ToolCall(new_id(), *call) for call in found))
 
 
+def settled_content(text: str, dialect: ToolDialect) -> int:
+    """How much of an answer that is still being written is content, whatever comes.
+
+    Args:
+        text: the answer so far.
+        dialect: the form in which the model writes calls.
+
+    Returns:
+        A number of characters: they are the beginning of what ``parse_tool_calls`` gives as the
+        content of every text that begins with this one. It ends before the first place where a call
+        may begin, so it stays where it is from then on.
+    """
+    opening, end = _OPENING[dialect], len(text)
+    if (match := _START[dialect].search(text)) or (match := _UNFINISHED.search(text)):
+        end = match.start()
+    for length in range(1, len(opening)):
+        if text.endswith(opening[:length]):
+            end = min(end, len(text) - length)
+    settled = text[:end].rstrip()
+    if not settled.strip(_SEPARATORS) or settled[0].isspace():  # if calls follow, it is left out
+        return 0
+    return len(settled)
+
+
 _Call = tuple[str, str]  # the tool's name, the arguments
 _OPENING: dict[ToolDialect, str] = {"hermes": "<tool_call>", "llama3_json": "<|python_tag|>"}
 _START = {
     dialect: re.compile(re.escape(opening) + r'|\{\s*"|\[\s*\{')
     for dialect, opening in _OPENING.items()
 }
+_UNFINISHED = re.compile(r"[{\[]\s*\Z")  # what may become such JSON
 _CLOSING = re.compile(r"\s*</tool_call>")
 _SEPARATORS = " \t\n\r;,"
 _SEPARATOR = re.compile(r"\s*[;,]?\s*")

@@ -277,7 +277,15 @@ OUT_OF_RANGE = {
     "--max-len": ("-1", "0", "1", "1.5", "513", "9" * 30),
     "--prefix-tokens": ("-1", "1.5", "9" * 30),
     "--limit": ("-1", "0", "1.5"),
+    "--port": ("-1", "65536", "1.5"),
+    "--max-queued-requests": ("-1", "0", "1.5", "1000001"),
+    "--max-queued-tokens": ("-1", "0", "1.5", "1000000001"),
+    "--max-body-bytes": ("-1", "0", "1.5", str(2**30 + 1)),
+    "--request-timeout": ("-1", "0", "1.1e9"),
+    "--max-queue-time": ("-1", "0", "1.1e9"),
+    "--shutdown-timeout": ("-1", "1.1e9"),
 }
+OF_COMMANDS = {"--limit": ("eval",), **dict.fromkeys([*OUT_OF_RANGE][-7:], ("serve",))}
 
 
 def test_every_option_that_is_a_number_is_in_the_table() -> None:
@@ -295,7 +303,7 @@ def test_a_number_out_of_range_is_one_sentence_and_status_2(
     run: Run, prompts: Path, option: str
 ) -> None:
     for value in (*OUT_OF_RANGE[option], *NO_NUMBERS):
-        command = ("eval",) if option == "--limit" else ("batch", prompts, "-q")
+        command = OF_COMMANDS.get(option, ("batch", prompts, "-q"))
         result = run(*command, f"{option}={value}")
         assert result.exit_code == 2, value
         last = result.stderr.splitlines()[-1]

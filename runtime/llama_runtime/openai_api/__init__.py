@@ -5,10 +5,13 @@
     ...                                     # run prepared.requests, by whatever runs them
     answer_body(prepared, completions, Head("chatcmpl-1", int(time.time()), request.model))
 
+``Chunks`` makes the same answer in pieces, of events as they come.
+
 Everything that is wrong with a body is a ``RequestError`` whose ``param`` is the field's path;
 ``error_body`` makes any error the body that says so.
 """
 
+from llama_runtime.openai_api.chunks import Chunks
 from llama_runtime.openai_api.errors import ModelNotFoundError, error_body
 from llama_runtime.openai_api.parsing import parse_chat, parse_completion
 from llama_runtime.openai_api.requests import ApiRequest, Prepared
@@ -16,6 +19,7 @@ from llama_runtime.openai_api.responses import Head, answer_body, chat_body, com
 
 __all__ = [
     "ApiRequest",
+    "Chunks",
     "Head",
     "ModelNotFoundError",
     "Prepared",

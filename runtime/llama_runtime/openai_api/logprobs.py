@@ -62,23 +62,43 @@ def completion_logprobs(
     }
 
 
+class TextOffsets:
+    """Where the tokens of a completion begin in the text of its choice, as they come.
+
+    A token in the middle of a character is where the character is.
+
+    Args:
+        tokenizer: of the model.
+        start: where the completion begins, in characters.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, start: int) -> None:
+        self._tokenizer = tokenizer
+        self._reader = _Reader()
+        self._at = start
+
+    def push(self, token_id: int) -> int:
+        """Where the next token begins; a stop text may cut off the text before that."""
+        unfinished, text = self._reader.push(self._tokenizer.token_bytes(token_id))
+        start = self._at + unfinished
+        self._at += len(text)
+        return start
+
+
 def completion_offsets(tokenizer: Tokenizer, completion: Completion, start: int) -> Iterator[int]:
     """Where each token of a completion begins in the text of its choice.
 
-    A token in the middle of a character is where the character is; one that a stop text cut off is
-    at the end.
+    One that a stop text cut off is at the end; see ``TextOffsets`` for the others.
 
     Args:
         tokenizer: of the model.
         completion: tokens and text.
         start: where the completion begins.
     """
-    reader = _Reader()
-    at, end = start, start + len(completion.text)
+    offsets = TextOffsets(tokenizer, start)
+    end = start + len(completion.text)
     for token_id in completion.token_ids:
-        unfinished, text = reader.push(tokenizer.token_bytes(token_id))
-        yield min(at + unfinished, end)
-        at += len(text)
+        yield min(offsets.push(token_id), end)
 
 
 def prompt_offsets(tokenizer: Tokenizer, text: str, token_ids: Seq[int]) -> Iterator[int]:

@@ -120,9 +120,13 @@ def usage(prepared: Prepared, completions: Iterable[Seq[Completion]]) -> dict[st
         prepared: the call.
         completions: of each prompt.
     """
+    return usage_body(prepared, sum(len(one.token_ids) for some in completions for one in some))
+
+
+def usage_body(prepared: Prepared, generated: int) -> dict[str, object]:
+    """The same, of so many tokens that the engine made."""
     prompt = sum(map(len, prepared.prompts))
-    samples = [one for some in completions for one in some] if prepared.request.generates else []
-    generated = sum(len(one.token_ids) for one in samples)
+    generated = generated if prepared.request.generates else 0
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,

@@ -1,0 +1,195 @@
+"""The options of ``llama-run serve``."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from llama_runtime.cli_options import (
+    bundle_option,
+    devices_option,
+    max_batch_option,
+    prefix_tokens_option,
+    threads_option,
+)
+from llama_runtime.progress import Console
+
+MIB = 2**20
+MAX_BODY_BYTES = 2**30
+MAX_QUEUED_REQUESTS = 1_000_000  # as AsyncLLM has them, which takes long to import
+MAX_QUEUED_TOKENS = 10**9
+LONGEST = 1e9
+
+
+class _Seconds(click.FloatRange):
+    """A time; what is no number lies in no range."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):
+            self.fail(f"{value!r:.80} must be a number of seconds", param, ctx)
+        return seconds
+
+
+SECONDS = _Seconds(0, LONGEST, min_open=True)
+
+
+@click.command(
+    epilog="\b\nExamples:\n"
+    "  llama-run serve\n"
+    "  llama-run serve --host 0.0.0.0 --api-key-file keys.txt --served-model-name llama"
+)
+@bundle_option
+@click.option(
+    "--host",
+    metavar="ADDRESS",
+    default="127.0.0.1",
+    show_default=True,
+    help="Where to listen. One that other machines reach needs --api-key-file or --insecure.",
+)
+@click.option(
+    "--port",
+    metavar="N",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="0 takes a free one.",
+)
+@click.option(
+    "--api-key-file",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Keys, one a line; one of them has to come with every request but /health and /ready. "
+    "Others on this machine may not read the file.",
+)
+@click.option("--insecure", is_flag=True, help="Let anybody who reaches the host ask.")
+@click.option(
+    "--served-model-name",
+    "names",
+    metavar="NAME",
+    multiple=True,
+    help="What requests call the model; may be given several times.  [default: the bundle's name]",
+)
+@click.option(
+    "--max-queued-requests",
+    metavar="N",
+    type=click.IntRange(1, MAX_QUEUED_REQUESTS),
+    default=1024,
+    show_default=True,
+    help="So many requests may wait for a slot; one more is answered with 429.",
+)
+@click.option(
+    "--max-queued-tokens",
+    metavar="N",
+    type=click.IntRange(1, MAX_QUEUED_TOKENS),
+    default=1_000_000,
+    show_default=True,
+    help="With so many prompt tokens waiting, the same.",
+)
+@click.option(
+    "--request-timeout",
+    metavar="SECONDS",
+    type=SECONDS,
+    default=600.0,
+    show_default=True,
+    help="What a request may take in all.",
+)
+@click.option(
+    "--max-queue-time",
+    metavar="SECONDS",
+    type=SECONDS,
+    default=60.0,
+    show_default=True,
+    help="How long it may wait for a slot.",
+)
+@click.option(
+    "--shutdown-timeout",
+    metavar="SECONDS",
+    type=_Seconds(0, LONGEST),
+    default=30.0,
+    show_default=True,
+    help="How long those who are being answered have after SIGTERM or Ctrl-C.",
+)
+@click.option(
+    "--max-body-bytes",
+    metavar="N",
+    type=click.IntRange(1, MAX_BODY_BYTES),
+    default=4 * MIB,
+    show_default=True,
+    help="The most bytes of a request.",
+)
+@max_batch_option
+@click.option(
+    "--max-len",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="The context: the most tokens of a prompt and its completion.  [default: what fits of "
+    "the model's limit, at most 4096]",
+)
+@threads_option
+@devices_option
+@prefix_tokens_option
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing but the log.")
+def serve(
+    bundle: Path,
+    host: str,
+    port: int,
+    api_key_file: Path | None,
+    insecure: bool,
+    names: tuple[str, ...],
+    max_queued_requests: int,
+    max_queued_tokens: int,
+    request_timeout: float,
+    max_queue_time: float,
+    shutdown_timeout: float,
+    max_body_bytes: int,
+    max_batch: int | Literal["auto"] | None,
+    max_len: int | None,
+    threads: int | None,
+    devices: list[int] | None,
+    prefix_tokens: int | None,
+    quiet: bool,
+) -> None:
+    """Answer requests of OpenAI's API over HTTP.
+
+    POST /v1/chat/completions and /v1/completions, as streams too, /tokenize and /detokenize; GET
+    /v1/models, /health, /ready and /version. Standard error gets a line of JSON a request, without
+    what was asked or answered.
+
+    SIGTERM or Ctrl-C: new requests are refused with 503, those that are being answered have
+    --shutdown-timeout to end, and what is left then is ended with an error. A second one ends them
+    at once.
+
+    Exit status: 0 it was told to end, 1 it can't listen there, 2 wrong use.
+    """
+    from llama_runtime.server.command import ServeOptions, run
+    from llama_runtime.server.keys import read_keys
+    from llama_runtime.server.settings import ServerSettings
+
+    settings = ServerSettings(
+        model_names=names,
+        api_keys=() if api_key_file is None else read_keys(api_key_file),
+        request_timeout=request_timeout,
+        max_queue_time=max_queue_time,
+        max_body_bytes=max_body_bytes,
+    )
+    options = ServeOptions(
+        bundle=bundle,
+        settings=settings,
+        host=host,
+        port=port,
+        insecure=insecure,
+        shutdown_timeout=shutdown_timeout,
+        max_queued_requests=max_queued_requests,
+        max_queued_tokens=max_queued_tokens,
+        max_batch=max_batch,
+        max_len=max_len,
+        threads=threads,
+        devices=devices,
+        prefix_tokens=prefix_tokens,
+    )
+    run(options, Console(sys.stderr, quiet=quiet))

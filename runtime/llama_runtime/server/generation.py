@@ -1,0 +1,228 @@
+"""The prompts of one call while they run: events of all of them, as they come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from llama_runtime.async_calls import RETRY_SECONDS, Deadline
+from llama_runtime.async_llm import AsyncLLM
+from llama_runtime.async_stream import AsyncStream
+from llama_runtime.completion import Completion
+from llama_runtime.errors import CaravanError, QueueFullError
+from llama_runtime.events import TokenEvent
+from llama_runtime.openai_api import Prepared
+from llama_runtime.sequence import TokenLogprob
+
+_LEAST_TIMEOUT = 1e-6  # seconds: what has none left is told so by the engine
+
+
+class Progress(NamedTuple):
+    """An event of one prompt.
+
+    Attributes:
+        number: which prompt, from 0.
+        event: what happened.
+        prompt_logprobs: of its tokens, if they are asked for.
+    """
+
+    number: int
+    event: TokenEvent
+    prompt_logprobs: list[TokenLogprob | None]
+
+
+class Generation:
+    """Runs the prompts of a call, a window of them at a time.
+
+    It is to be closed, which gives back what still runs.
+
+    Args:
+        llm: runs them.
+        prepared: the call.
+        deadline: when all has to be done.
+        name: of the call; its prompts share the slots as one caller.
+    """
+
+    def __init__(self, llm: AsyncLLM, prepared: Prepared, deadline: Deadline, name: str) -> None:
+        self._llm = llm
+        self._prepared = prepared
+        self._deadline = deadline
+        self._params = prepared.params
+        if len(prepared.prompts) > 1:
+            self._params = replace(prepared.params, caller=name)
+        self._events: asyncio.Queue[Progress | Exception | None] = asyncio.Queue()
+        self._error: Exception | None = None
+        self._window = asyncio.Semaphore(2 * llm.max_batch)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._num_left = len(prepared.prompts)
+
+    @property
+    def done(self) -> bool:
+        """Whether every prompt has ended, and all of its events were taken."""
+        return self._num_left == 0
+
+    async def start(self, max_wait: float | None) -> None:
+        """Wait until the first prompt is accepted, so that a wrong call is told before any answer.
+
+        The others are admitted as there is room for them.
+
+        Args:
+            max_wait: seconds that each may then wait for a slot.
+
+        Raises:
+            QueueFullError: too much waits for a slot.
+            TimeoutError: the deadline has passed.
+            CaravanError: the prompt or a parameter is wrong, or the engine takes none.
+        """
+        self._max_wait = max_wait
+        first = self._stream(0)
+        try:
+            await first.start()
+        except CaravanError as error:
+            explained = self._prepared.explained(error, 0)
+            if explained is error:
+                raise
+            raise explained from error
+        self._tasks.append(asyncio.create_task(self._follow(0, first)))
+        for number in range(1, len(self._prepared.prompts)):
+            self._tasks.append(asyncio.create_task(self._run(number)))
+
+    async def some(self, timeout: float | None = None) -> list[Progress]:
+        """What has happened since; waits until something has.
+
+        Args:
+            timeout: seconds to wait; None for any.
+
+        Returns:
+            At least one event; none if the time is up, or all prompts have ended.
+
+        Raises:
+            CaravanError: a prompt ended with an error, said of the body.
+            TimeoutError: the deadline has passed, or a prompt waited too long for a slot.
+        """
+        if self._error is not None:
+            raise self._error
+        found: list[Progress] = []
+        taken: Progress | Exception | None
+        try:
+            async with asyncio.timeout(timeout):
+                taken = await self._events.get()
+        except TimeoutError:
+            return found
+        while True:
+            if isinstance(taken, Exception):
+                if not found:
+                    raise taken
+                self._error = taken  # what came before it is true
+                return found
+            if taken is None:
+                self._num_left -= 1
+            else:
+                found.append(taken)
+            if self._events.empty():
+                return found
+            taken = self._events.get_nowait()
+
+    async def close(self) -> None:
+        """Give back what still runs."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _run(self, number: int) -> None:
+        """A prompt after the first, from when there is room for it."""
+        try:
+            async with self._window:
+                stream = await self._started(number)
+                await self._follow(number, stream)
+        except (CaravanError, TimeoutError) as error:
+            self._fail(number, error)
+
+    async def _started(self, number: int) -> AsyncStream:
+        while True:
+            stream = self._stream(number)
+            try:
+                await stream.start()
+            except QueueFullError:
+                if self._deadline.left == 0:
+                    raise self._deadline.error() from None
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            return stream
+
+    async def _follow(self, number: int, stream: AsyncStream) -> None:
+        try:
+            async with stream:
+                async for event in stream:
+                    self._events.put_nowait(Progress(number, event, stream.prompt_logprobs))
+            self._events.put_nowait(None)
+        except (CaravanError, TimeoutError) as error:
+            self._fail(number, error)
+
+    def _fail(self, number: int, error: Exception) -> None:
+        if isinstance(error, CaravanError):
+            error = self._prepared.explained(error, number)
+        self._events.put_nowait(error)
+
+    def _stream(self, number: int) -> AsyncStream:
+        left = self._deadline.left
+        return self._llm.stream(
+            self._prepared.prompts[number],
+            self._params,
+            timeout=None if left is None else max(left, _LEAST_TIMEOUT),
+            max_wait=self._max_wait,
+            streamed=self._prepared.request.stream,
+        )
+
+
+@dataclass(slots=True)
+class _Growing:
+    """One completion while it grows."""
+
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class Collected:
+    """The completions of a call, from the events of its sequences.
+
+    Args:
+        prepared: the call.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared = prepared
+        self._growing: dict[tuple[int, int], _Growing] = {}
+        self._done: list[list[Completion]] = [[] for _ in prepared.prompts]
+
+    @property
+    def completions(self) -> Seq[Seq[Completion]]:
+        """Those that have ended, of each prompt."""
+        return self._done
+
+    def take(self, progress: Progress) -> None:
+        """Take an event, without an error."""
+        number, event, prompt_logprobs = progress
+        growing = self._growing.setdefault((number, event.sample), _Growing())
+        growing.texts.append(event.text)
+        if event.token_id is not None:
+            growing.token_ids.append(event.token_id)
+        if event.logprob is not None:
+            growing.logprobs.append(event.logprob)
+        if event.finish_reason is None:
+            return
+        params = self._prepared.params
+        self._done[number].append(
+            Completion(
+                text="".join(growing.texts),
+                token_ids=growing.token_ids,
+                finish_reason=event.finish_reason,
+                num_prompt_tokens=len(self._prepared.prompts[number]),
+                sample=event.sample,
+                logprobs=growing.logprobs if params.logprobs else None,
+                prompt_logprobs=prompt_logprobs if params.prompt_logprobs else None,
+            )
+        )
