@@ -158,8 +158,8 @@ def batch(
 
     With --seed, each row gets a seed of its own, made from this one and the row's index.
 
-    Exit status: 0 all rows went well, 1 some failed or the job can't go on, 2 wrong use, 130
-    interrupted; what is written by then is whole.
+    Exit status: 0 all rows went well, 1 some failed or the job can't go on, 2 wrong use, 130 and
+    143 interrupted; what is written by then is whole.
     """
     if verify and (force or retry_errors or report is not None):
         raise RequestError(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from llama_runtime.batch import report
 from llama_runtime.batch.figures.statistics import Statistics
@@ -82,6 +82,8 @@ def run(source: Source, output: Path | None, settings: Settings, console: Consol
         if work.has_rows_left or (settings.retry_errors and work.statistics.failed):
             _run(work, encoder, settings, console)
         else:
+            if settings.report is not None:
+                write(_kept_summary(work, encoder, settings), None, settings.report)
             console.say(f"nothing is left to do; results in {work.ledger.output}")
         return work.statistics.failed == 0
 
@@ -92,14 +94,7 @@ def _run(work: Work, encoder: PromptEncoder, settings: Settings, console: Consol
     with _runner(work, encoder, settings, console) as runner:
 
         def summarise() -> None:
-            about = {
-                "bundle": encoder.bundle.manifest.name,
-                "input": work.name,
-                "output": str(work.ledger.output),
-                "options": dict(settings.options),
-                "started": began,
-                "ended": now(),
-            }
+            about = {**_about(work, encoder, settings), "started": began, "ended": now()}
             found = summary(work.statistics, about, runner.about)
             write(found, work.folder, settings.report)
 
@@ -115,6 +110,24 @@ def _run(work: Work, encoder: PromptEncoder, settings: Settings, console: Consol
         summarise()
 
 
+def _about(work: Work, encoder: PromptEncoder, settings: Settings) -> dict[str, object]:
+    """What the job is asked to do."""
+    return {
+        "bundle": encoder.bundle.manifest.name,
+        "input": work.name,
+        "output": str(work.ledger.output),
+        "options": dict(settings.options),
+    }
+
+
+def _kept_summary(work: Work, encoder: PromptEncoder, settings: Settings) -> dict[str, Any]:
+    """How a job went that is done; the run that ended it may have died before it could say so."""
+    kept = None if work.folder is None else work.folder.read_summary()
+    if kept is not None and kept["statistics"]["rows"] == work.statistics.rows:
+        return kept
+    return summary(work.statistics, _about(work, encoder, settings), {})
+
+
 def _run_rows(work: Work, runner: RowRunner, console: Console) -> None:
     work.ledger.window = WAITING_PER_SLOT * runner.num_slots
     job = Job(work.ledger, work.statistics, work.folder, lambda: runner.stats().running)
@@ -127,8 +140,10 @@ def _run_rows(work: Work, runner: RowRunner, console: Console) -> None:
             console.status(report.Status(work.statistics, runner, work.total)),
         ):
             job.run(runner, records)
-    except (CaravanError, KeyboardInterrupt):
+    except (CaravanError, KeyboardInterrupt) as error:
         console.say(stopped())
+        if isinstance(error, RequestError):  # rows that end too early: others were run
+            raise CaravanError(str(error)) from error
         raise
     seconds = time.monotonic() - started
     console.say(report.summary(work.statistics, before, seconds, work.ledger))

@@ -9,14 +9,14 @@ ones; ``input``, the rows, where they came from a stream; and ``summary.json``, 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llama_runtime.errors import CaravanError, RequestError
 
@@ -58,10 +58,15 @@ class JobFolder:
             raise _refuse(f"the folder {self.path} can't be used: {error.strerror}") from error
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+                _lock(file)
+            except (BlockingIOError, PermissionError) as error:  # the second on Windows
                 raise _refuse(
                     f"another run is writing to {self.output}: wait for it, or give --output"
+                ) from error
+            except OSError as error:  # a file system without locks
+                raise _refuse(
+                    f"{file.name} can't be locked against other runs: {error.strerror}; give "
+                    "--output a file elsewhere"
                 ) from error
             yield
 
@@ -95,10 +100,18 @@ class JobFolder:
         """Keep how it went."""
         _write(self.summary, summary, indent=2)
 
-    def clear(self) -> None:
-        """Remove the job and its results, so that it can begin anew, with its new input if any."""
+    def read_summary(self) -> dict[str, Any] | None:
+        """What ``write_summary`` wrote last, or None."""
+        return _read(self.summary)
+
+    def clear(self, results: Iterable[Path]) -> None:
+        """Remove the job and its results, so that it can begin anew, with its new input if any.
+
+        Args:
+            results: the files that are those of the job.
+        """
         kept = ("lock", self.new_input.name)
-        for path in (self.output, self.errors):
+        for path in results:
             if path.is_file():
                 path.unlink()
         for path in self.path.iterdir() if self.path.is_dir() else ():
@@ -106,6 +119,22 @@ class JobFolder:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         if self.new_input.exists():
             os.replace(self.new_input, self.input)
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Take a file that nobody else has, until it is closed.
+
+    Raises:
+        OSError: somebody has it, or files can't be taken there.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def errors_path(output: Path) -> Path:

@@ -85,9 +85,8 @@ def _single(
             param="verify" if settings.verify else "retry_errors",
         )
     if output is not None and can_resume(output):
-        if settings.force:
-            output.unlink(missing_ok=True)
-        check_unused(output)
+        if not settings.force:
+            check_unused(output)  # before a row is waited for
         console.say(
             f"{source} is not kept: the job can't be resumed, and ids that come twice go unnoticed"
         )
@@ -104,6 +103,11 @@ def _single(
             scan = _scanned(source, form, Path(scratch, "ids.sqlite"), settings, console)
     apart = form.errors_apart and output is not None and can_resume(output)
     errors = errors_path(output) if apart and output is not None else None
+    for path in (output, errors):
+        if path is not None and can_resume(path):
+            if settings.force:
+                path.unlink(missing_ok=True)
+            check_unused(path)
     ledger = Ledger(form, output, errors, ordered=not settings.unordered)
     return Work(
         str(source), opened, kind, recipe, form, scan, ledger, None, ordered=not settings.unordered
@@ -140,7 +144,11 @@ def _resumable(
     else:
         scan = _scanned(source, form, folder.index, settings, console)
         check_memory(scan)
-        folder.clear()
+        results = [output, folder.errors] if form.errors_apart else [output]
+        if not settings.force:
+            for path in results:
+                check_unused(path)
+        folder.clear(results)
         if source.path == folder.new_input:
             source = Source(folder.input, name=str(source))
         seed = fresh_seed()  # kept, so that rows draw the same numbers whenever they run
@@ -150,7 +158,19 @@ def _resumable(
     errors = folder.errors if form.errors_apart else None
     ordered = not settings.unordered
     ledger = Ledger(form, output, errors, ordered=ordered, journal=folder.ahead)
-    return Work(str(source), source.open, kind, recipe, form, scan, ledger, folder, ordered=ordered)
+    stamp, given = source.stamp(), identity["input"]
+    return Work(
+        str(source),
+        source.open,
+        kind,
+        recipe,
+        form,
+        scan,
+        ledger,
+        folder,
+        ordered=ordered,
+        has_changed=lambda: source.stamp() != stamp and source.fingerprint() != given,
+    )
 
 
 def _spooled(source: Source, folder: JobFolder, console: Console, *, anew: bool) -> Source:

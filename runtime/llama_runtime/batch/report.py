@@ -63,7 +63,9 @@ class Status:
         self._total = total
         self._started = time.monotonic()
         self._before = statistics.rows  # done by earlier runs
-        self._history: deque[tuple[float, int, int]] = deque([(self._started, 0, 0)])
+        stats = runner.stats()  # of rows that the same model ran before
+        begun = (self._started, stats.prompt_tokens, stats.completion_tokens)
+        self._history: deque[tuple[float, int, int]] = deque([begun])
 
     def __call__(self) -> list[str]:
         """The parts, the most important first."""
@@ -119,6 +121,8 @@ def retried(statistics: Statistics, ledger: Ledger) -> str:
     """How rows went that were run again."""
     good = statistics.rows - statistics.failed
     text = f"{good:,} of {statistics.rows:,} went well this time; results in {ledger.output}"
+    if ledger.errors is not ledger.output and statistics.failed:
+        text += f", errors in {ledger.errors}"
     if statistics.first_error is not None:
         index, error = statistics.first_error
         text += f"\nthe first failure, row {index}: {error}"

@@ -14,6 +14,7 @@ from llama_runtime.batch.results.retries import merge_retries
 from llama_runtime.batch.results.verify import Verdict, verify
 from llama_runtime.batch.rows.scan import Scan
 from llama_runtime.batch.rows.source import Kind, Rows
+from llama_runtime.errors import CaravanError
 from llama_runtime.progress import Console
 
 
@@ -30,6 +31,7 @@ class Work:
         ledger: which are done.
         folder: of a job that can be resumed.
         ordered: whether results are in the order of the rows.
+        has_changed: asks whether the rows are others than at the first look.
 
     Attributes:
         statistics: what was counted so far.
@@ -47,6 +49,7 @@ class Work:
         folder: JobFolder | None,
         *,
         ordered: bool,
+        has_changed: Callable[[], bool] = lambda: False,
     ) -> None:
         self.name = name
         self.kind = kind
@@ -58,6 +61,7 @@ class Work:
         self.statistics = Statistics()
         self._open = opened
         self._ordered = ordered
+        self._has_changed = has_changed
 
     @property
     def total(self) -> int | None:
@@ -71,9 +75,18 @@ class Work:
 
     @contextmanager
     def records(self) -> Iterator[Iterator[Record]]:
-        """All rows."""
+        """All rows; reading them raises if they aren't as many as at the first look.
+
+        Raises:
+            CaravanError: at the end, if the rows are others than at the first look.
+        """
         with self._open() as rows:
-            yield records_of(rows)
+            yield self._as_many(records_of(rows))
+        if self._has_changed():
+            raise CaravanError(
+                f"{self.name} changed while the job ran, and results may be of other rows than it "
+                "held: give --force to begin anew"
+            )
 
     def recover(self, console: Console) -> None:
         """Find out what earlier runs have done.
@@ -99,7 +112,9 @@ class Work:
         self.ledger.close()
         merge_retries(self.folder, self.form, ordered=self._ordered)
         self.ledger = self.ledger.anew()
-        self._count(self.folder.read_progress(), console)
+        before = self.statistics
+        self._count({}, console)
+        self.statistics.keep_times(before)
 
     def verify(self, records: Iterator[Record]) -> Verdict:
         """Compare all rows with their results."""
@@ -114,13 +129,29 @@ class Work:
             ordered=self._ordered,
         )
 
+    def _as_many(self, records: Iterator[Record]) -> Iterator[Record]:
+        """The same, if nobody changes the file meanwhile: no row may be missing in silence."""
+        number = 0
+        for number, record in enumerate(records, 1):
+            if self.total is not None and number > self.total:
+                raise self._other(f"more than the {self.total:,}")
+            yield record
+        if self.total is not None and number < self.total:
+            raise self._other(f"{number:,} of the {self.total:,}")
+
+    def _other(self, many: str) -> CaravanError:
+        return CaravanError(
+            f"{self.name} changed while the job ran: it holds {many} rows that it had. Put back "
+            "what it held, or give --force to begin anew"
+        )
+
     def _count(self, progress: dict[str, object], console: Console) -> None:
         self.statistics = statistics = Statistics()
         with console.status(lambda: [f"reading results: {statistics.rows}/{self.total} rows"]):
             for outcome in self.ledger.recover(progress):
                 statistics.count(outcome)
         if isinstance(earlier := progress.get("statistics"), dict):
-            statistics.adopt(earlier)
+            statistics.keep_times(Statistics.from_dict(earlier))
 
 
 def records_of(rows: Rows) -> Iterator[Record]:

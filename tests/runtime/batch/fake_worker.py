@@ -1,7 +1,8 @@
 """A process of ``--workers`` over the fake backend: ``python fake_worker.py SECONDS [EVENT]``.
 
 A step takes so many seconds. EVENT is what goes wrong: ``die`` where a prompt holds the word
-POISON, ``sick`` at the first row, ``unable`` before it is ready.
+POISON, ``sick`` at the first row, ``unable`` before it is ready; ``noisy`` prints to standard
+output.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def make(
 def prepared(self: LocalRunner, record: Record) -> Any:
     if EVENT == "sick" or (EVENT == "die" and "POISON" in record.line.text):
         os.kill(os.getpid(), signal.SIGKILL)
+    if EVENT == "noisy":
+        os.write(1, b"as libraries do\n")
     return as_it_is(self, record)
 
 

@@ -144,3 +144,18 @@ def test_rows_of_parquet_run_as_those_of_json_do(run: Run, tmp_path: Path) -> No
         assert run(tmp_path / name, *OPTIONS, "-o", output, "--verify").exit_code == 0
         found.append([{**line, "prompt": None} for line in results_in(output)])
     assert found[0] == found[1]
+
+
+def test_a_page_about_a_finished_job_can_be_had_later(
+    run: Run, rows: Path, whole: bytes, tmp_path: Path
+) -> None:
+    base = (rows, *OPTIONS, "-o", tmp_path / "whole.jsonl")
+    assert run(*base, "--report", tmp_path / "kept.html").exit_code == 1
+    (tmp_path / "whole.jsonl.job" / "summary.json").unlink()
+    assert run(*base, "--report", tmp_path / "made.html").exit_code == 1
+    assert "max batch" in (tmp_path / "kept.html").read_text()
+    for name in ("kept.html", "made.html"):
+        assert "fake-llama" in (tmp_path / name).read_text()
+        assert "<dd>34</dd>" in (tmp_path / name).read_text()
+    assert "leave" in refused(run(*base, "--verify", "--report", tmp_path / "no.html"))
+    assert "would replace" in refused(run(*base, "--report", rows))

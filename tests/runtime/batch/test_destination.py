@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from llama_runtime.batch.job_folder import JobFolder, errors_path
-from llama_runtime.batch.results.destination import can_resume, check_unused, destination
+from llama_runtime.batch.results.destination import (
+    can_resume,
+    check_report,
+    check_unused,
+    destination,
+)
 from llama_runtime.batch.rows.source import Source
 from llama_runtime.errors import RequestError
 
@@ -65,3 +70,22 @@ def test_only_a_file_keeps_what_a_job_needs_to_go_on(tmp_path: Path) -> None:
     assert can_resume(Path(__file__))
     assert not can_resume(Path("/dev/null"))
     assert not can_resume(None)
+
+
+def test_standard_output_has_several_names(tmp_path: Path) -> None:
+    """Else a job would keep its folder in /dev, and ``--force`` would remove what is there."""
+    for name in ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"):
+        assert place(tmp_path, "c.txt", name) is None
+
+
+def test_a_page_that_can_not_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
+    rows, output = tmp_path / "a.txt", tmp_path / "out.jsonl"
+    rows.write_text("prompt\n")
+    (tmp_path / "link").symlink_to(rows)
+    check_report(tmp_path / "page.html", Source(rows), output)
+    check_report(tmp_path / "page.html", Source(None), None)
+    for page in (rows, tmp_path / "link", output, errors_path(output)):
+        with pytest.raises(RequestError, match="would replace the rows or the results"):
+            check_report(page, Source(rows), output)
+    with pytest.raises(RequestError, match="its folder does not exist"):
+        check_report(tmp_path / "no" / "page.html", Source(rows), output)

@@ -92,3 +92,23 @@ def test_force_destroys_nothing_if_the_new_job_can_not_start(
     rows.write_bytes(data)
     run(*base, stdin=b"")
     assert output.read_bytes() == whole
+
+
+def test_a_file_of_errors_that_is_not_of_the_job_is_left_alone(
+    run: Run, rows: Path, tmp_path: Path
+) -> None:
+    others = tmp_path / "out.errors.jsonl"
+    others.write_text("somebody's\n")
+    assert run(rows, *OPTIONS, "-o", tmp_path / "out.jsonl").exit_code == 1
+    assert others.read_text() == "somebody's\n", "such rows have no errors apart"
+    requests = tmp_path / "requests.jsonl"
+    requests.write_bytes(jsonl(openai_rows(3)))
+    mine = (*OPTIONS, "-o", tmp_path / "out.jsonl", "--no-spool", "--force")
+    (tmp_path / "out.jsonl.job").rename(tmp_path / "old")
+    for more in ((), ("--no-spool",)):
+        (tmp_path / "out.jsonl").unlink(missing_ok=True)
+        found = run("-", *OPTIONS, "-o", tmp_path / "out.jsonl", *more, stdin=requests.read_bytes())
+        assert f"{others} exists, and is not that of a job" in refused(found)
+        assert others.read_text() == "somebody's\n"
+    assert run("-", *mine, stdin=requests.read_bytes()).exit_code == 0
+    assert not others.exists()

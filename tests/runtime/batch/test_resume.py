@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,12 +15,14 @@ from llama_runtime.batch.forms.formats import Record
 from llama_runtime.batch.forms.prompt_format import PromptFormat
 from llama_runtime.batch.job_folder import JobFolder
 from llama_runtime.batch.results import output_file
+from llama_runtime.batch.rows.scan import Scan
 from llama_runtime.errors import CaravanError
 from tests.runtime.batch.jobs import (
     OPTIONS,
     KilledAfter,
     Run,
     jsonl,
+    mixed_rows,
     openai_rows,
     refused,
     results_in,
@@ -223,3 +228,35 @@ def test_a_second_run_on_one_output_is_refused(run: Run, rows: Path, tmp_path: P
             error = refused(run(rows, *OPTIONS, "-o", output, *more))
             assert f"another run is writing to {output}: wait for it, or give" in error
             assert not output.exists()
+
+
+@pytest.mark.parametrize("count", [20, 40])
+def test_a_file_that_changes_while_its_rows_run_is_noticed(
+    run: Run, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are missing at the end must not look like a job that went well."""
+    path, read = tmp_path / "rows.jsonl", Scan.read
+    path.write_bytes(jsonl(mixed_rows(30)))
+
+    def then_changed(*args: Any, **more: Any) -> None:
+        read(*args, **more)
+        path.write_bytes(jsonl(mixed_rows(count)))
+
+    monkeypatch.setattr(Scan, "read", then_changed)
+    result = run(path, *OPTIONS, "-o", tmp_path / "out.jsonl")
+    assert result.exit_code == 1, result.output
+    many = "20 of the 30" if count == 20 else "more than the 30"
+    assert f"changed while the job ran: it holds {many} rows" in result.stderr
+    indices = [line["index"] for line in results_in(tmp_path / "out.jsonl")]
+    assert indices == list(range(min(count, 30)))
+
+
+def test_a_file_system_without_locks_is_what_is_said(
+    run: Run, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    error = refused(run(rows, *OPTIONS, "-o", tmp_path / "out.jsonl"))
+    assert "can't be locked against other runs: No locks available" in error

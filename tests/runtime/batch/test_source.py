@@ -7,7 +7,9 @@ import io
 import json
 import os
 import random
+import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -271,3 +273,48 @@ def test_parquet_needs_a_file_and_its_package(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DependencyError, match=r"pip install 'llama-caravan\[scale\]'"):
         read(source)
+
+
+def test_bytes_in_parquet_that_are_no_text_fail_their_row_alone(tmp_path: Path) -> None:
+    values = pyarrow.array([b"a", b"b \xff", b"c"], pyarrow.binary())
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 3, values.buffers())
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": texts}), path)
+    kind, (first, second, third) = read(Source(path))
+    assert (kind, first, third) == ("jsonl", '{"prompt": "a"}', '{"prompt": "c"}')
+    assert second.startswith("row 2 can't be read: 'utf-8' codec can't decode byte 0xff")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_thread_that_waits_for_a_stream_does_not_keep_the_job_from_ending(
+    tmp_path: Path, compressed: bool
+) -> None:
+    """As when whoever reads the results has gone, and whoever gives rows hasn't."""
+    program = """if True:
+        import sys, threading, time
+        from pathlib import Path
+        from llama_runtime.batch.rows.source import Source
+        with Source(Path(sys.argv[1]) if sys.argv[1:] else None).open() as rows:
+            print(next(rows.lines).text, flush=True)
+            threading.Thread(target=list, args=(rows.lines,), daemon=True).start()
+            time.sleep(0.1)
+    """
+    packer = zlib.compressobj(wbits=31)
+    rows = b"".join(b"%d\n" % i**40 for i in range(2, 900))  # over the 8 KB that gzip waits for
+    packed = packer.compress(rows) + packer.flush(zlib.Z_SYNC_FLUSH)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for arguments in ([], [str(pipe)]):
+        with subprocess.Popen(
+            [sys.executable, "-c", program, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as process:
+            assert process.stdin is not None
+            with pipe.open("wb") if arguments else process.stdin as file:
+                file.write(packed if compressed else rows)
+                file.flush()
+                try:
+                    assert process.wait(20) == 0
+                finally:
+                    process.kill()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from llama_runtime.batch.forms.formats import Format
 from llama_runtime.batch.results.verify import Verdict, verify
+from llama_runtime.errors import CaravanError
 from tests.runtime.batch.jobs import OPENAI, PROMPTS, Given, jsonl, made_up, records_of
 
 NUM_ROWS = 12
@@ -133,3 +136,18 @@ def test_an_echo_is_the_same_however_it_is_written(tmp_path: Path) -> None:
     for is_ascii in (True, False):
         written = json.dumps(line, ensure_ascii=is_ascii).encode()
         assert PROMPTS.echo_in(written) == PROMPTS.echo_of(record)
+
+
+def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system kills a process that writes to a page of a mapped file which has no room."""
+
+    def refuse(file: int, start: int, length: int) -> None:
+        assert (start, length) == (0, 8 * NUM_ROWS)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(CaravanError, match=r"can't write to .*echoes: No space left on device"):
+        verdict_on(PROMPTS, *right(PROMPTS), tmp_path)
+    assert not (tmp_path / "echoes").exists()

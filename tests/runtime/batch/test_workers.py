@@ -270,3 +270,11 @@ def _nothing_left() -> Iterator[None]:
     left = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     commands = [Path(f"/proc/{pid}/cmdline") for pid in left]
     assert not [c for c in commands if c.exists() and b"fake_worker" in c.read_bytes()]
+
+
+def test_what_a_library_prints_does_not_stand_among_the_messages(
+    run: Run, rows: Path, whole: bytes, tmp_path: Path, command: Callable[..., None]
+) -> None:
+    command(0.0, "noisy")
+    run(rows, *OPTIONS, "--workers", 2, "-o", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == whole

@@ -93,16 +93,8 @@ class Statistics:
             "timeline": self.timeline.to_dict(),
         }
 
-    def adopt(self, record: Mapping[str, Any]) -> None:
-        """Take from an earlier run what result lines don't say: how long rows took, and when.
-
-        Args:
-            record: from ``to_dict``.
-
-        Raises:
-            CaravanError: it isn't such a record.
-        """
-        earlier = Statistics.from_dict(record)
+    def keep_times(self, earlier: Statistics) -> None:
+        """Take over what result lines don't say: how long rows took, and when they ended."""
         self.per_row["seconds"] = earlier.per_row["seconds"]
         self.timeline = earlier.timeline
 

@@ -137,7 +137,7 @@ class OpenAiFormat:
                 error=None if error is None else str(error["message"]),
                 prompt_tokens=int(usage.get("prompt_tokens", 0)),
                 completion_tokens=int(usage.get("completion_tokens", 0)),
-                finish_reasons=tuple(choice["finish_reason"] for choice in choices),
+                finish_reasons=tuple(_reason(choice["finish_reason"]) for choice in choices),
                 seconds=None,
             )
         except (KeyError, TypeError) as reason:
@@ -178,6 +178,11 @@ def _line(index: int, custom_id: str | None, status: int, body: Mapping[str, Any
         "error": failed,
     }
     return json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
+
+
+def _reason(reason: str) -> str:
+    """As the engine says it, to whom an answer that calls tools is one that ended."""
+    return "stop" if reason == "tool_calls" else reason
 
 
 def _custom_id_of(line: Line) -> str | None:

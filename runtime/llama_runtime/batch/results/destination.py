@@ -9,14 +9,16 @@ from llama_runtime.batch.job_folder import JobFolder, errors_path
 from llama_runtime.batch.rows.source import Source, bare
 from llama_runtime.errors import RequestError
 
+STANDARD_OUTPUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
 
 def destination(source: Source, output: str | None) -> Path | None:
     """The result file of a job.
 
     Args:
         source: where the rows come from.
-        output: a file name, ``-`` for standard output, or None for the default: beside a file of
-            rows, and standard output for a stream.
+        output: a file name, ``-`` or another name of standard output, or None for the default:
+            beside a file of rows, and standard output for a stream.
 
     Returns:
         The file, or None for standard output.
@@ -24,7 +26,7 @@ def destination(source: Source, output: str | None) -> Path | None:
     Raises:
         RequestError: the file can't be written, or is that of the rows.
     """
-    if output == "-" or (output is None and source.is_stream):
+    if output in STANDARD_OUTPUT or (output is None and source.is_stream):
         return None
     if output is not None:
         path = Path(output)
@@ -35,6 +37,34 @@ def destination(source: Source, output: str | None) -> Path | None:
     except OSError as error:
         raise _refuse(f"the output {path} can't be written: {error.strerror}") from error
     return path
+
+
+def check_report(report: Path, source: Source, output: Path | None) -> None:
+    """Refuse a page that can't be written, or would replace rows or results.
+
+    Args:
+        report: where the page goes.
+        source: where the rows come from.
+        output: from ``destination``.
+
+    Raises:
+        RequestError: it is refused.
+    """
+    others = [] if source.path is None else [source.path]
+    if output is not None:
+        others += [output, errors_path(output)]
+    resolved = report.resolve()
+    if any(resolved == other.resolve() for other in others):
+        raise RequestError(
+            f"the page {report} would replace the rows or the results: give --report another file",
+            param="report",
+        )
+    if not report.parent.is_dir():
+        raise RequestError(
+            f"the page {report} can't be written: its folder does not exist", param="report"
+        )
+    if not os.access(report if report.exists() else report.parent, os.W_OK):
+        raise RequestError(f"the page {report} can't be written: permission denied", param="report")
 
 
 def can_resume(path: Path | None) -> bool:

@@ -20,6 +20,7 @@ from llama_runtime.batch.results.reading import read_lines
 from llama_runtime.errors import RequestError
 
 SYNC_SECONDS = 5.0  # what a power cut may cost
+FIRST_SYNC_SECONDS = 0.5  # then twice as long each time, so that a short run is known too
 MOST_TAKEN_BACK = 2**26  # bytes of lines that wait again; a power cut leaves far fewer
 
 
@@ -59,7 +60,7 @@ class Ledger:
         self.cut = 0
         self._journal = Journal(journal) if ordered and journal is not None else None
         self._in_order = InOrder(self._write, self._journal) if ordered else None
-        self._synced = time.monotonic()
+        self._synced, self._interval = time.monotonic(), FIRST_SYNC_SECONDS
 
     @property
     def num_written(self) -> int:
@@ -126,9 +127,10 @@ class Ledger:
 
     def sync_if_due(self) -> bool:
         """Bring what was written to the disk, if that was long ago; whether it was."""
-        if time.monotonic() - self._synced < SYNC_SECONDS:
+        if time.monotonic() - self._synced < self._interval:
             return False
         self.sync()
+        self._interval = min(2 * self._interval, SYNC_SECONDS)
         return True
 
     def sync(self) -> None:

@@ -72,7 +72,7 @@ def _merge(
             file.writelines(line for _, line in lines)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(scratch, path)
+        os.replace(scratch, path.resolve())  # what it points to, if it is a link
     except OSError as error:
         scratch.unlink(missing_ok=True)
         raise CaravanError(f"can't write to {scratch}: {error.strerror}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -64,9 +65,16 @@ def verify(
         CaravanError: a file can't be read or written.
     """
     verdict, seen = Verdict(), DoneRows()
+    shape = (max(num_rows, 1),)
     try:
-        echoes = np.memmap(scratch, np.uint64, "w+", shape=(max(num_rows, 1),))
+        with scratch.open("wb") as file:  # its room is there, or a full disk kills the process
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, 8 * shape[0])
+            else:
+                file.truncate(8 * shape[0])
+        echoes = np.memmap(scratch, np.uint64, "r+", shape=shape)
     except OSError as error:
+        scratch.unlink(missing_ok=True)
         raise CaravanError(f"can't write to {scratch}: {error.strerror}") from error
     try:
         for path in files:

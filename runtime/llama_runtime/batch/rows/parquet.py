@@ -35,7 +35,7 @@ def parquet_lines(path: Path) -> Iterator[Line]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(_BATCH_ROWS):
-                for row in batch.to_pylist():
+                for row in _rows(batch):
                     number += 1
                     yield _line(number, row)
     except (pyarrow.ArrowException, OSError) as error:
@@ -45,7 +45,21 @@ def parquet_lines(path: Path) -> Iterator[Line]:
         ) from error
 
 
-def _line(number: int, row: dict[str, Any]) -> Line:
+def _rows(batch: Any) -> Iterator[dict[str, Any] | ValueError]:
+    """The rows of a batch; an error in the place of one that has no value in Python."""
+    try:
+        yield from batch.to_pylist()
+    except ValueError:  # bytes that are no UTF-8, say: its neighbours are whole
+        for at in range(len(batch)):
+            try:
+                yield from batch.slice(at, 1).to_pylist()
+            except ValueError as error:
+                yield error
+
+
+def _line(number: int, row: dict[str, Any] | ValueError) -> Line:
+    if isinstance(row, ValueError):
+        return Line(number, "", f"row {number} can't be read: {row}")
     try:
         text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:  # a column of bytes, dates or decimals

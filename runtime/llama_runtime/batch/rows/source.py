@@ -127,6 +127,19 @@ class Source:
             if self.path is not None:
                 file.close()
 
+    def stamp(self) -> tuple[int, int, int]:
+        """What changes when somebody writes to a file, and can be had at once.
+
+        Raises:
+            RequestError: it can't be looked at.
+        """
+        assert self.path is not None
+        try:
+            found = self.path.stat()
+        except OSError as error:
+            raise _refuse(f"{self} can't be read: {error.strerror}") from error
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
     def fingerprint(self) -> dict[str, object]:
         """Size and SHA-256 of the bytes of a file.
 
@@ -142,8 +155,8 @@ class Source:
 
     def _lines(self, stack: ExitStack) -> Iterator[Line]:
         try:
-            file = self._open_bytes()
-            if self.path is not None:
+            file, is_file = self._open_bytes(), not self.is_stream
+            if is_file:  # to close a stream would wait for a thread that waits for its next bytes
                 stack.enter_context(file)
             magic = file.peek(4)[:4]
         except OSError as error:
@@ -155,13 +168,18 @@ class Source:
                 )
             return parquet_lines(self.path)
         if magic[:2] == GZIP_MAGIC:
-            return iter(LineReader(stack.enter_context(gzip.GzipFile(fileobj=file))))
+            unpacked = gzip.GzipFile(fileobj=file)
+            return iter(LineReader(stack.enter_context(unpacked) if is_file else unpacked))
         return iter(LineReader(file))
 
     def _open_bytes(self) -> io.BufferedReader:
         if self.path is not None:
             return self.path.open("rb")
         stdin = sys.stdin.buffer  # of any kind, where a program has replaced it
+        if isinstance(getattr(stdin, "raw", None), io.FileIO):
+            # A buffer of its own: the interpreter dies at its end if a thread still waits in that
+            # of sys.stdin, as happens when whoever reads the results has gone.
+            return open(stdin.fileno(), "rb", closefd=False)
         return stdin if isinstance(stdin, io.BufferedReader) else io.BufferedReader(stdin)  # type: ignore[arg-type]
 
     def _holds_objects(self, first: Line) -> bool:

@@ -66,7 +66,7 @@ def places(spec: WorkerSpec, count: int, *, on_gpu: bool) -> list[Place]:
         return [Place(replace(spec, devices=[device])) for device in devices]
     threads = max(1, (spec.threads or default_threads()) // count)
     each = replace(spec, threads=threads)
-    if not hasattr(os, "sched_setaffinity"):
+    if not hasattr(os, "sched_getaffinity"):  # nor can they be chosen
         return [Place(each) for _ in range(count)]
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < count * threads:

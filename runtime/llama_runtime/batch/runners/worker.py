@@ -58,6 +58,11 @@ class Worker:
         self._listener.start()
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the process runs; that it doesn't may be known before it is told."""
+        return self._process.poll() is None
+
+    @property
     def room(self) -> int:
         """How many further rows it should get."""
         if self.group:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, BinaryIO
 
 from llama_runtime.batch.forms.formats import Record
 from llama_runtime.batch.results.outcome import Outcome
@@ -44,11 +44,14 @@ def outcome_of(message: dict[str, Any]) -> Outcome:
 
 def main() -> int:
     """Run rows until there are no more."""
+    global _messages
+    _messages = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not stand among the messages
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; our starter decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     spec = json.loads(sys.stdin.buffer.readline())
-    if spec["cores"] is not None:
+    if spec["cores"] is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, spec["cores"])
     try:
         llm, form = WorkerSpec.from_json(json.dumps(spec["spec"])).load()
@@ -88,8 +91,8 @@ def _report(outcome: Outcome) -> None:
 
 def _send(message: dict[str, Any]) -> None:
     with _sending:
-        sys.stdout.buffer.write(_message(message))
-        sys.stdout.buffer.flush()
+        _messages.write(_message(message))
+        _messages.flush()
 
 
 def _message(value: dict[str, Any]) -> bytes:
@@ -97,6 +100,7 @@ def _message(value: dict[str, Any]) -> bytes:
 
 
 _sending = threading.Lock()
+_messages: BinaryIO = sys.stdout.buffer
 
 
 if __name__ == "__main__":

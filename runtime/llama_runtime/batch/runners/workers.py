@@ -125,7 +125,7 @@ class WorkerPool:
 
     def _retry_suspects(self) -> None:
         for worker in self._workers:
-            if self._suspects and worker.num_slots and not worker.rows:
+            if self._suspects and worker.num_slots and not worker.rows and worker.is_alive:
                 worker.run_group(self._suspects.popleft())
 
     def _take_message(self, *, wait: bool) -> None:
