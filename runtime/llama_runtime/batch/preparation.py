@@ -137,6 +137,7 @@ def _resumable(
     with source.open() as rows:
         kind = rows.kind
     form = form_of(kind, recipe, settings.options)
+    stamp = source.stamp()
     identity = _identity(source, kind, recipe, settings)
     if begun is not None:
         check_same(begun["identity"], identity, output)
@@ -158,7 +159,7 @@ def _resumable(
     errors = folder.errors if form.errors_apart else None
     ordered = not settings.unordered
     ledger = Ledger(form, output, errors, ordered=ordered, journal=folder.ahead)
-    stamp, given = source.stamp(), identity["input"]
+    given = identity["input"]
     return Work(
         str(source),
         source.open,

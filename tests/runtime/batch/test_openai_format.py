@@ -110,6 +110,8 @@ def test_a_tool_that_is_asked_for_is_called(llm: LLM, tmp_path: Path) -> None:
     (call,) = choice.message.tool_calls or []
     assert call.type == "function"
     assert (call.function.name, json.loads(call.function.arguments)) == ("look", {})
+    read = OpenAiFormat(recipe_of(llm, None), {}).read(json.dumps(line).encode() + b"\n")
+    assert read.finish_reasons == ("stop",), "as it is counted while the job runs"
 
 
 BAD: list[tuple[Given, int, str | None, str]] = [

@@ -80,6 +80,16 @@ def test_new_results_take_the_place_of_the_old_ones(
     assert [path.name for path in folder.path.iterdir()] == []
 
 
+def test_a_link_to_the_results_stays_a_link(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, PROMPTS, retried(PROMPTS))
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    folder.output.rename(elsewhere)
+    folder.output.symlink_to(elsewhere)
+    merge_retries(folder, PROMPTS, ordered=True)
+    assert folder.output.is_symlink()
+    assert elsewhere.read_bytes() == files_of(PROMPTS, STILL_FAILED)[0]
+
+
 @pytest.mark.parametrize("ordered", [True, False])
 def test_what_was_not_run_again_in_time_stays_as_it_was(
     form: Format, tmp_path: Path, ordered: bool
