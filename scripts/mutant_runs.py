@@ -18,6 +18,8 @@ from xml.etree import ElementTree
 SOURCES = ("models", "export", "runtime")
 MODEL = Path(__file__).resolve().parents[1] / "artifacts" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 RUN_SECONDS = 300  # of one run of pytest
+# By START: modules of the server import anyio, which has a plugin for pytest.
+_ALREADY_IMPORTED = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
 
 # What pytest is started with: the module that was changed must import, and from the copy.
 START = """
@@ -93,6 +95,7 @@ class Runs:
         report = scratch / "report.xml"
         command = [sys.executable, "-c", START, os.pathsep.join([str(copy), *modules])]
         command += ["-q", "--tb=no", "-p", "no:cacheprovider", "-o", f"timeout={self._limit}"]
+        command += ["-W", _ALREADY_IMPORTED]
         command += [f"--junitxml={report}", f"--basetemp={scratch / 'base'}", *tests]
         environment = {
             **os.environ,

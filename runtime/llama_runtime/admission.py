@@ -160,7 +160,7 @@ class Admission:
         """Take no requests, and end those in flight with the same error."""
         with self._lock:
             self.failure = self.failure or failure
-            self._stats.running = 0
+            self._stats.running, self._stats.cache_use = 0, 0.0
             tickets = list(self._tickets)
         for ticket in tickets:
             self.end(ticket, self.failure)
@@ -195,6 +195,8 @@ class Admission:
             self._stats.prompt_tokens += prompt_tokens
             self._stats.completion_tokens += completion_tokens
             self._stats.finished += finished
+            if not self._stats.running:  # the engine's word for it may come with the next step only
+                self._stats.cache_use = 0.0
 
     def stats(self) -> Stats:
         """A copy of the counters."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 
@@ -57,6 +58,14 @@ class AsyncStream:
         self._ended = False
 
     @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """What it runs, one for each sample; none before the request has started.
+
+        The worker's thread goes on while they are read: each attribute is true by itself.
+        """
+        return self._sequences
+
+    @property
     def seed(self) -> int | None:
         """The random stream in use: the same request with this seed gives the same text.
 
@@ -74,10 +83,14 @@ class AsyncStream:
         """Those of the prompt's tokens, once the first event is there; if they are asked for."""
         return self._sequences[0].prompt_logprobs if self._sequences else []
 
-    async def start(self) -> None:
+    async def start(self, submitted: Callable[[], object] = lambda: None) -> None:
         """Wait until the request is accepted, so that a wrong one is told before any answer.
 
         A second call does nothing.
+
+        Args:
+            submitted: called when the request is counted among those that wait, which may be a
+                step before it is accepted.
 
         Raises:
             QueueFullError: too much waits for a slot.
@@ -97,6 +110,7 @@ class AsyncStream:
             self._source = []
             self._start_timers(self._ticket)
             self._worker.submit(self._ticket, token_ids, self._params)
+            submitted()
             await self._next()
         except BaseException:
             self._end()

@@ -128,6 +128,7 @@ class Engine:
             self._counters,
             reused_tokens=self._cache.num_reused_tokens,
             prefix_hits=self._cache.num_prefix_hits,
+            cache_use=self._cache.use,
             batch_limit=self._scheduler.limit,
             batch_decisions=tuple(sizer.decisions) if sizer is not None else (),
         )

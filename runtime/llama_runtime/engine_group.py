@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
+from statistics import fmean
 from typing import Protocol, Unpack
 
 from llama_runtime.engine import Engine
@@ -135,6 +136,7 @@ class EngineGroup:
             drafted_tokens=sum(one.drafted_tokens for one in each),
             accepted_tokens=sum(one.accepted_tokens for one in each),
             late=self._num_late + sum(one.late for one in each),
+            cache_use=fmean(one.cache_use for one in each),  # they are of one size
             batch_limit=sum(one.batch_limit for one in each),
             batch_decisions=tuple(decision for one in each for decision in one.batch_decisions),
         )

@@ -47,7 +47,7 @@ class BatchDecision(NamedTuple):
 
 @dataclass(slots=True)
 class Counters:
-    """What an engine has done since its start.
+    """What an engine has done since its start, and how full it is.
 
     Attributes:
         reused_tokens: prompt tokens that weren't computed, because others had them before.
@@ -55,6 +55,7 @@ class Counters:
         drafted_tokens: tokens that were guessed and verified.
         accepted_tokens: those of them that were right.
         late: sequences that ended at their deadline.
+        cache_use: how much of the cache is held by sequences now, 0 to 1.
         batch_limit: how many sequences may run at once.
         batch_decisions: the last changes of that, oldest first; none where it is fixed.
     """
@@ -64,5 +65,6 @@ class Counters:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     late: int = 0
+    cache_use: float = 0.0
     batch_limit: int = 0
     batch_decisions: tuple[BatchDecision, ...] = ()

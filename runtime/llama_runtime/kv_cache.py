@@ -45,6 +45,11 @@ class SlotCache:
         """Slots that nobody holds."""
         return len(self._free)
 
+    @property
+    def use(self) -> float:
+        """How much of it is held, 0 to 1: all of a slot is, however long its sequence is."""
+        return 1 - len(self._free) / self.num_slots
+
     def fits(self, seq: Sequence) -> bool:  # noqa: ARG002  one slot is as good as another
         """Whether ``allocate`` would have room."""
         return bool(self._free)

@@ -88,6 +88,11 @@ class PagedCache:
         """Blocks that nobody holds, registered or not."""
         return len(self._blank) + len(self._reusable)
 
+    @property
+    def use(self) -> float:
+        """How much of it is held, 0 to 1; what is only kept for others isn't."""
+        return 1 - self.num_free_blocks / self.num_blocks
+
     def table(self, seq: Sequence) -> list[int]:
         """The block ids of a sequence in order: not to be altered.
 

@@ -75,6 +75,10 @@ class KVCache(Protocol):
     def num_free(self) -> int:
         """Slots that nobody holds."""
 
+    @property
+    def use(self) -> float:
+        """How much of it is held, 0 to 1."""
+
     def fits(self, seq: Sequence) -> bool:
         """Whether ``allocate`` would have room."""
 
@@ -172,6 +176,7 @@ class Scheduler:
         """Give a sequence its slot, which waits here or somewhere else."""
         self.cache.allocate(seq)
         self.waiting.grant(seq, now)
+        seq.started = now
         self.running.append(seq)
 
     def remove(self, seq: Sequence) -> None:

@@ -82,6 +82,7 @@ class Sequence:
         caller: whose it is; see ``WaitingQueue``.
         streamed: whether somebody reads its tokens as they come, and would see them stall.
         arrived: when it was queued, by the engine's clock, in seconds.
+        started: when it got its slot, by the same clock; None until then.
         deadline: when it has to have ended, by the same clock, or None.
         lookup: guesses its next tokens; None where they aren't guessed.
         matcher: what its completion is held to, and where it is in that; None for nothing.
@@ -107,6 +108,7 @@ class Sequence:
     caller: Hashable = None
     streamed: bool = False
     arrived: float = 0.0
+    started: float | None = None
     deadline: float | None = None
     lookup: PromptLookup | None = None
     matcher: Matcher | None = None

@@ -122,6 +122,11 @@ SECONDS = _Seconds(0, LONGEST, min_open=True)
     show_default=True,
     help="The most bytes of a request.",
 )
+@click.option(
+    "--metrics-compat",
+    type=click.Choice(["vllm"]),
+    help="Give the metrics by vLLM's names too, for boards and routers that know them.",
+)
 @max_batch_option
 @click.option(
     "--max-len",
@@ -147,6 +152,7 @@ def serve(
     max_queue_time: float,
     shutdown_timeout: float,
     max_body_bytes: int,
+    metrics_compat: Literal["vllm"] | None,
     max_batch: int | Literal["auto"] | None,
     max_len: int | None,
     threads: int | None,
@@ -157,8 +163,9 @@ def serve(
     """Answer requests of OpenAI's API over HTTP.
 
     POST /v1/chat/completions and /v1/completions, as streams too, /tokenize and /detokenize; GET
-    /v1/models, /health, /ready and /version. Standard error gets a line of JSON a request, without
-    what was asked or answered.
+    /v1/models, /metrics, /health, /ready and /version. Standard error gets a line of JSON a
+    request, without what was asked or answered. GET / is a page that shows what the batch is doing,
+    with a box to try a prompt.
 
     SIGTERM or Ctrl-C: new requests are refused with 503, those that are being answered have
     --shutdown-timeout to end, and what is left then is ended with an error. A second one ends them
@@ -176,6 +183,7 @@ def serve(
         request_timeout=request_timeout,
         max_queue_time=max_queue_time,
         max_body_bytes=max_body_bytes,
+        metrics_compat=metrics_compat,
     )
     options = ServeOptions(
         bundle=bundle,

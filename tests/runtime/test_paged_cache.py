@@ -503,3 +503,14 @@ def test_check_finds_what_does_not_balance(
     harm(cache, seq)
     with pytest.raises(RuntimeError, match=message):
         cache.check()
+
+
+def test_what_is_only_kept_for_others_is_not_in_use() -> None:
+    cache = pool(num_blocks=8)
+    first = compute(cache, admit(cache, [*ONE, *TWO], max_tokens=4))
+    assert cache.use == 3 / 8
+    second = admit(cache, [*ONE, *TWO], max_tokens=4)
+    assert cache.use == 5 / 8, "a block that both hold counts once"
+    for seq in (first, second):
+        cache.free(seq)
+    assert cache.use == 0

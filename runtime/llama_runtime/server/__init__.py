@@ -15,8 +15,10 @@ try:
     from llama_runtime.server.service import Service
     from llama_runtime.server.settings import ServerSettings
 except ModuleNotFoundError as error:
-    if (error.name or "").partition(".")[0] != "starlette":
+    if (error.name or "").partition(".")[0] not in ("starlette", "prometheus_client"):
         raise
-    raise DependencyError(f"the server needs starlette and uvicorn ({error}): {INSTALL}") from error
+    raise DependencyError(
+        f"the server needs starlette, uvicorn and prometheus-client ({error}): {INSTALL}"
+    ) from error
 
 __all__ = ["INSTALL", "ServerSettings", "Service", "create_app"]

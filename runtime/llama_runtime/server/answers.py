@@ -19,6 +19,7 @@ from llama_runtime.server.connection import parse_json, read_body, while_connect
 from llama_runtime.server.failures import failure
 from llama_runtime.server.gate import Place
 from llama_runtime.server.generation import Collected, Generation, Progress
+from llama_runtime.server.page_activity import Call
 from llama_runtime.server.request_log import RequestRecord, record_of
 from llama_runtime.server.service import Service
 from llama_runtime.server.shell import JsonResponse
@@ -56,15 +57,17 @@ class Answers:
         llm, deadline = self._service.llm, Deadline(settings.request_timeout)
         data = await read_body(scope, receive, settings)
         generation: Generation | None = None
+        call = self._service.activity.enter(record)
         try:
             async with while_connected(receive):
-                prepared, generation = await self._begun(llm, data, deadline, record)
+                prepared, generation = await self._begun(llm, data, deadline, record, call)
                 head = self._head(prepared)
                 if prepared.request.stream:
                     last = await self._stream(generation, Chunks(prepared, head), record, send)
                 else:
                     answer = await self._whole(generation, prepared, head, record)
         finally:
+            self._service.activity.leave(call)
             if generation is not None:
                 await generation.close()
         if prepared.request.stream:
@@ -73,15 +76,15 @@ class Answers:
             await answer(scope, receive, send)
 
     async def _begun(
-        self, llm: AsyncLLM, data: bytes, deadline: Deadline, record: RequestRecord
+        self, llm: AsyncLLM, data: bytes, deadline: Deadline, record: RequestRecord, call: Call
     ) -> tuple[Prepared, Generation]:
         """The call that a body asks for, which the engine has taken."""
         with self._service.gate.enter(llm, len(data)) as place:
             async with deadline.kept():
                 prepared = await place.run(partial(self._prepared, llm, data, place))
             record.prompt_tokens = sum(map(len, prepared.prompts))
-            generation = Generation(llm, prepared, deadline, record.id)
-            await generation.start(self._service.settings.max_queue_time)
+            generation = Generation(llm, prepared, deadline, call, self._service.tally)
+            await generation.start(self._service.settings.max_queue_time, place.leave)
         return prepared, generation
 
     def _prepared(self, llm: AsyncLLM, data: bytes, place: Place) -> Prepared:

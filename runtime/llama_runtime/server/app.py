@@ -11,6 +11,8 @@ from llama_runtime.async_llm import AsyncLLM
 from llama_runtime.openai_api import parse_chat, parse_completion
 from llama_runtime.server.answers import Answers
 from llama_runtime.server.info_routes import InfoRoutes
+from llama_runtime.server.metrics_route import MetricsRoute
+from llama_runtime.server.page_routes import page_routes
 from llama_runtime.server.service import Service
 from llama_runtime.server.settings import ServerSettings
 from llama_runtime.server.shell import Shell, http_error
@@ -59,6 +61,8 @@ def _routes(service: Service) -> list[Route]:
         Route("/tokenize", TextRoute(service, tokenize), methods=["POST"]),
         Route("/detokenize", TextRoute(service, detokenize), methods=["POST"]),
         Route("/version", info.version),
+        Route("/metrics", MetricsRoute(service).answer),
         Route("/health", info.health),
         Route("/ready", info.ready),
+        *page_routes(service),
     ]

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from llama_runtime.server import INSTALL
 from llama_runtime.server.app import app_of
 from llama_runtime.server.json_log import log_to
 from llama_runtime.server.keys import is_loopback
+from llama_runtime.server.origins import loopback_names
 from llama_runtime.server.service import Service
 from llama_runtime.server.settings import ServerSettings
 
@@ -80,12 +81,16 @@ def run(options: ServeOptions, console: Console) -> None:
     Raises:
         CaravanError: it can't listen there, or the model can't be loaded.
     """
-    if not options.settings.api_keys and not options.insecure and not is_loopback(options.host):
+    settings, on_loopback = options.settings, is_loopback(options.host)
+    if not settings.api_keys and not options.insecure and not on_loopback:
         raise RequestError(
             f"--host {options.host} can be reached from other machines: give --api-key-file, or "
             "--insecure to let anybody ask",
             param="host",
         )
+    if on_loopback:
+        settings = replace(settings, host_names=loopback_names(options.host))
+        options = replace(options, settings=settings)
     log_to(sys.stderr)
     _allow_connections()
     with _listening(options.host, options.port) as listeners:
@@ -123,7 +128,8 @@ async def _serve(options: ServeOptions, listeners: list[socket.socket], console:
     server = server_of(service)
     serving = asyncio.create_task(server.serve(sockets=listeners))
     addresses = " and ".join(map(_url, listeners))
-    console.say(f"listening on {addresses}; the model is being loaded")
+    page = f"{_url(listeners[0])}/"
+    console.say(f"listening on {addresses}; {page} shows what it does; the model is being loaded")
     try:
         llm = await _load(options)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from llama_runtime.errors import CaravanError, QueueFullError
 from llama_runtime.events import TokenEvent
 from llama_runtime.openai_api import Prepared
 from llama_runtime.sequence import TokenLogprob
+from llama_runtime.server.metrics import Course, Tally
+from llama_runtime.server.page_activity import Call
 
 _LEAST_TIMEOUT = 1e-6  # seconds: what has none left is told so by the engine
 
@@ -42,16 +45,22 @@ class Generation:
         llm: runs them.
         prepared: the call.
         deadline: when all has to be done.
-        name: of the call; its prompts share the slots as one caller.
+        call: the same, as others see it; its prompts share the slots as one caller.
+        tally: takes how its sequences went.
     """
 
-    def __init__(self, llm: AsyncLLM, prepared: Prepared, deadline: Deadline, name: str) -> None:
+    def __init__(
+        self, llm: AsyncLLM, prepared: Prepared, deadline: Deadline, call: Call, tally: Tally
+    ) -> None:
         self._llm = llm
         self._prepared = prepared
         self._deadline = deadline
+        self._call = call
+        self._tally = tally
+        self._courses: list[Course] = []
         self._params = prepared.params
         if len(prepared.prompts) > 1:
-            self._params = replace(prepared.params, caller=name)
+            self._params = replace(prepared.params, caller=call.id)
         self._events: asyncio.Queue[Progress | Exception | None] = asyncio.Queue()
         self._error: Exception | None = None
         self._window = asyncio.Semaphore(2 * llm.max_batch)
@@ -63,13 +72,14 @@ class Generation:
         """Whether every prompt has ended, and all of its events were taken."""
         return self._num_left == 0
 
-    async def start(self, max_wait: float | None) -> None:
+    async def start(self, max_wait: float | None, submitted: Callable[[], object]) -> None:
         """Wait until the first prompt is accepted, so that a wrong call is told before any answer.
 
         The others are admitted as there is room for them.
 
         Args:
             max_wait: seconds that each may then wait for a slot.
+            submitted: called when the engine counts the first prompt.
 
         Raises:
             QueueFullError: too much waits for a slot.
@@ -77,15 +87,17 @@ class Generation:
             CaravanError: the prompt or a parameter is wrong, or the engine takes none.
         """
         self._max_wait = max_wait
-        first = self._stream(0)
+        first, course = self._stream(0), self._course()
         try:
-            await first.start()
+            await first.start(submitted)
         except CaravanError as error:
             explained = self._prepared.explained(error, 0)
             if explained is error:
                 raise
             raise explained from error
-        self._tasks.append(asyncio.create_task(self._follow(0, first)))
+        course.accepted(first.sequences)
+        self._courses.append(course)
+        self._tasks.append(asyncio.create_task(self._follow(0, first, course)))
         for number in range(1, len(self._prepared.prompts)):
             self._tasks.append(asyncio.create_task(self._run(number)))
 
@@ -130,19 +142,20 @@ class Generation:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for course in self._courses:
+            course.end()
 
     async def _run(self, number: int) -> None:
         """A prompt after the first, from when there is room for it."""
         try:
             async with self._window:
-                stream = await self._started(number)
-                await self._follow(number, stream)
+                await self._follow(number, *await self._started(number))
         except (CaravanError, TimeoutError) as error:
             self._fail(number, error)
 
-    async def _started(self, number: int) -> AsyncStream:
+    async def _started(self, number: int) -> tuple[AsyncStream, Course]:
         while True:
-            stream = self._stream(number)
+            stream, course = self._stream(number), self._course()
             try:
                 await stream.start()
             except QueueFullError:
@@ -150,15 +163,24 @@ class Generation:
                     raise self._deadline.error() from None
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
-            return stream
+            course.accepted(stream.sequences)
+            self._courses.append(course)
+            return stream, course
 
-    async def _follow(self, number: int, stream: AsyncStream) -> None:
+    def _course(self) -> Course:
+        return Course(self._tally, self._call.started, self._params)
+
+    async def _follow(self, number: int, stream: AsyncStream, course: Course) -> None:
         try:
             async with stream:
-                async for event in stream:
-                    self._events.put_nowait(Progress(number, event, stream.prompt_logprobs))
+                with self._call.running(stream):
+                    async for event in stream:
+                        self._call.took(event)
+                        course.take(event)
+                        self._events.put_nowait(Progress(number, event, stream.prompt_logprobs))
             self._events.put_nowait(None)
         except (CaravanError, TimeoutError) as error:
+            course.end(error)
             self._fail(number, error)
 
     def _fail(self, number: int, error: Exception) -> None:

@@ -32,6 +32,7 @@ class RequestRecord:
         finish_reasons: of its choices that ended.
         error: the type of the error that it ended with, or None.
         first_token: seconds until it was there, or None.
+        started: when it came, by the monotonic clock.
     """
 
     id: str
@@ -43,7 +44,7 @@ class RequestRecord:
     finish_reasons: list[str] = field(default_factory=list)
     error: str | None = None
     first_token: float | None = None
-    _started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
 
     @classmethod
     def of(cls, scope: Scope) -> RequestRecord:
@@ -55,7 +56,7 @@ class RequestRecord:
     @property
     def seconds(self) -> float:
         """Since it came."""
-        return time.monotonic() - self._started
+        return time.monotonic() - self.started
 
     def token_came(self) -> None:
         """Take the time of the first one."""

@@ -16,6 +16,8 @@ from llama_runtime.errors import CaravanError
 from llama_runtime.openai_api import ModelNotFoundError
 from llama_runtime.server.failures import StatusError, unavailable
 from llama_runtime.server.gate import Gate
+from llama_runtime.server.metrics import Tally
+from llama_runtime.server.page_activity import Activity
 from llama_runtime.server.settings import ServerSettings
 
 ServerState = Literal["loading", "ready", "draining", "stopped"]
@@ -32,6 +34,8 @@ class Service:
         settings: as given.
         state: how far its life is. That the engine works is asked of the engine.
         gate: what comes in.
+        activity: what runs, for the page.
+        tally: what is counted, for the metrics.
         num_active: requests that are being answered.
     """
 
@@ -39,6 +43,8 @@ class Service:
         self.settings = settings
         self.state: ServerState = "loading"
         self.gate = Gate(settings.text_threads)
+        self.activity = Activity()
+        self.tally = Tally()
         self.num_active = 0
         self._idle: set[asyncio.Event] = set()
         self._llm: AsyncLLM | None = None
@@ -139,6 +145,11 @@ class Service:
         if refusal is not None:
             raise refusal
         assert self._llm is not None
+        return self._llm
+
+    @property
+    def loaded(self) -> AsyncLLM | None:
+        """The model, whether or not it takes requests; None while it loads."""
         return self._llm
 
     def check_model(self, name: str) -> None:

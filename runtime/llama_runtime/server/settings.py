@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from llama_runtime.errors import RequestError
 from llama_runtime.settings import in_range
@@ -21,8 +22,12 @@ class ServerSettings:
 
     Attributes:
         model_names: what requests may call the model; none for the bundle's own name.
-        api_keys: one of them has to come with every request but those for /health and /ready; none
+        api_keys: one of them has to come with every request but those for /health, /ready and
+            the page's own files; none
             for a server that is open to all who can reach it.
+        host_names: what a server without keys may be called in the Host header of requests, beside
+            addresses of the loopback, so that no page in a browser reaches it by a name of its own;
+            None for anything. ``llama-run serve`` sets it where it listens on the loopback.
         request_timeout: seconds that a request may take, from its first byte on; None for any.
         max_queue_time: seconds that it may wait for a slot; None for any.
         max_body_bytes: of one request.
@@ -33,6 +38,7 @@ class ServerSettings:
         body_timeout: seconds that a client may take to send its body.
         ping_seconds: after so many without a token a stream gets a comment, for whatever lies
             between and closes silent connections.
+        metrics_compat: "vllm" has ``/metrics`` give vLLM's names too, for boards that know them.
         text_threads: threads that read bodies, render templates and make tokens of text.
 
     Raises:
@@ -41,6 +47,7 @@ class ServerSettings:
 
     model_names: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    host_names: tuple[str, ...] | None = None
     request_timeout: float | None = 600.0
     max_queue_time: float | None = 60.0
     max_body_bytes: int = 4 * 2**20
@@ -48,6 +55,7 @@ class ServerSettings:
     max_prompt_bytes: int | None = None
     body_timeout: float = 30.0
     ping_seconds: float = 15.0
+    metrics_compat: Literal["vllm"] | None = None
     text_threads: int = 4
 
     def __post_init__(self) -> None:
@@ -63,6 +71,11 @@ class ServerSettings:
         in_range("max_body_bytes", self.max_body_bytes, MAX_BODY_BYTES)
         in_range("max_header_bytes", self.max_header_bytes, MAX_BODY_BYTES)
         in_range("text_threads", self.text_threads, MAX_TEXT_THREADS)
+        if self.metrics_compat not in (None, "vllm"):
+            raise RequestError(
+                f"metrics_compat must be None or 'vllm', not {self.metrics_compat!r:.80}",
+                param="metrics_compat",
+            )
         if self.max_prompt_bytes is not None:
             in_range("max_prompt_bytes", self.max_prompt_bytes, MAX_BODY_BYTES)
 

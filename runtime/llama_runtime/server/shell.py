@@ -14,10 +14,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llama_runtime.errors import one_line
 from llama_runtime.server.failures import GONE, ClientGoneError, StatusError, failure
 from llama_runtime.server.keys import Keys
+from llama_runtime.server.origins import Origins
+from llama_runtime.server.page_files import FILES, STATE_PATH
 from llama_runtime.server.request_log import RequestRecord
 from llama_runtime.server.service import Service
 
-OPEN_PATHS = ("/health", "/ready")  # which need no key
+PROBE_PATHS = ("/health", "/ready")
+OPEN_PATHS = (*PROBE_PATHS, *FILES)  # which need no key
 
 
 class JsonResponse(Response):
@@ -64,7 +67,9 @@ class Shell:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
-        self._keys = Keys(service.settings.api_keys)
+        settings = service.settings
+        self._keys = Keys(settings.api_keys)
+        self._origins = Origins(bool(settings.api_keys), settings.host_names)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, if it may pass, and end it whatever happens."""
@@ -89,12 +94,17 @@ class Shell:
             if not record.status:
                 await error_response(said)(scope, receive, named_send)
         finally:
-            record.write()
+            if record.status >= 400 and record.status != GONE and _path(scope) not in PROBE_PATHS:
+                self._service.tally.refused[record.status] += 1
+            if record.status != 200 or _path(scope) != STATE_PATH:  # which a page asks all the time
+                record.write()
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers: Mapping[bytes, bytes] = dict(scope["headers"])
         self._check_size(scope)
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = _path(scope)
+        if path not in PROBE_PATHS:
+            self._origins.check(scope["method"], headers)
         if path in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
@@ -119,3 +129,10 @@ class Shell:
                 f"the path and the headers have {size:,} bytes, and {limit:,} at most: send less",
                 param="headers",
             )
+
+
+def _path(scope: Scope) -> str:
+    """Without what the application is mounted at."""
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    assert isinstance(path, str)
+    return path

@@ -173,7 +173,14 @@ def test_what_is_no_text_and_no_token_is_named(
 
 
 def test_paths_and_methods_that_are_not_there_are_errors_like_any_other(server: Serving) -> None:
-    for path in ("/", "/v1", "/v1/chat/completions/", "/nothing", "/v1/files", "/metrics%00"):
+    for path in (
+        "/page/nothing",
+        "/v1",
+        "/v1/chat/completions/",
+        "/nothing",
+        "/v1/files",
+        "/metrics%00",
+    ):
         assert server.get(path).status == 404
         assert server.get(path).error["type"] == "invalid_request_error"
     wrong = server.get(CHAT)

@@ -7,7 +7,7 @@ import random
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx2
@@ -65,6 +65,21 @@ def test_one_too_many_is_told_when_to_ask_again(roomy: Path) -> None:
             for connection in (running, waiting):
                 assert events_of(read_answer(connection).body)[-1] == "[DONE]"
         server.wait_until_idle()
+
+
+def test_each_request_counts_once_while_a_step_hangs(roomy: Path) -> None:
+    """And not where it came in and where it waits: as many wait as may."""
+    with serving(roomy, max_batch=1, max_queued_requests=6) as server, ExitStack() as stack:
+        server.backend.hang_after(0)
+        first = stack.enter_context(server.connect())
+        first.sendall(stream_bytes(3))
+        server.backend.wait_until_it_hangs()
+        for count in range(2, 7):
+            stack.enter_context(server.connect()).sendall(stream_bytes(3))
+            wait_for(lambda count=count: server.llm.stats().waiting == count)  # type: ignore[misc]
+        assert ask(server).status == 429
+        server.backend.go_on()
+        assert events_of(read_answer(first).body)[-1] == "[DONE]"
 
 
 def test_prompts_are_counted_before_they_are_tokens(

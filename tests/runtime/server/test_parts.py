@@ -22,6 +22,9 @@ from llama_runtime.server.connection import while_connected
 from llama_runtime.server.failures import ClientGoneError
 from llama_runtime.server.generation import Generation, Progress
 from llama_runtime.server.keys import is_loopback
+from llama_runtime.server.metrics import Tally
+from llama_runtime.server.page_activity import Activity
+from llama_runtime.server.request_log import RequestRecord
 
 
 def receiving(gone: asyncio.Event) -> Any:
@@ -70,7 +73,8 @@ def prepared(fake_bundle: Path) -> Prepared:
 def test_what_came_before_an_error_is_given_out_before_it(prepared: Prepared) -> None:
     async def main() -> None:
         llm: Any = SimpleNamespace(max_batch=2)
-        generation = Generation(llm, prepared, Deadline(None), "name")
+        call = Activity().enter(RequestRecord(id="name", method="POST", path="/"))
+        generation = Generation(llm, prepared, Deadline(None), call, Tally())
         event = Progress(0, TokenEvent(1, 5, "a"), [])
         for happened in (event, None, BackendError("the graph failed"), event):
             generation._events.put_nowait(happened)
