@@ -285,7 +285,7 @@ def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenized(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llm.tokenizer, "encode", None)  # so that it would fail
-    with pytest.raises(CapacityError, match=r"the prompt has 4,000,000 characters") as refusal:
+    with pytest.raises(CapacityError, match=r"the prompt of 4,000,000 characters") as refusal:
         llm.generate("word" * 1_000_000)
     assert refusal.value.param == "prompt"
 

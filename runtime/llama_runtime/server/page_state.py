@@ -39,7 +39,7 @@ def page_state(service: Service) -> dict[str, object]:
         "max_len": llm.max_len,
         "slots": max(llm.max_batch, stats.batch_limit),
         "limit": stats.batch_limit or llm.max_batch,
-        "num_waiting": len(waiting) + len(service.gate.places),
+        "num_waiting": stats.waiting + len(service.gate.places),
         "prompt_tokens": stats.prompt_tokens,
         "completion_tokens": stats.completion_tokens,
         "finished": stats.finished,

@@ -54,7 +54,7 @@ def test_the_state_shows_who_runs_and_who_waits_while_a_step_hangs(roomy: Any) -
         server.backend.wait_until_it_hangs()
         clients.append(server.connect())
         clients[-1].sendall(stream_bytes(50, prompt=SECRET * 2, n=3, stream=False))
-        wait_for(lambda: bool(server.service.gate.places))
+        wait_for(lambda: server.llm.stats().waiting >= 1)
 
         began = time.monotonic()
         state = state_of(server)
