@@ -127,7 +127,7 @@ def test_a_truncated_gzip_file_gives_the_rows_before_it_and_says_where_it_ends(
 def test_a_damaged_gzip_file_is_one_sentence(tmp_path: Path) -> None:
     packed = bytearray(gzip.compress(long_rows(400)))
     packed[len(packed) // 2] ^= 0xFF
-    for data in (bytes(packed), gzip.compress(b"a\n") + b"what is this?", b"\x1f\x8b\x08"):
+    for data in (bytes(packed), gzip.compress(b"a\n", mtime=0) + b"what is this?", b"\x1f\x8b\x08"):
         source = write(tmp_path / "a.gz", data)
         with pytest.raises(
             RequestError, match=r"^the prompts can't be read beyond line \d+: [^\n]+"
@@ -138,7 +138,7 @@ def test_a_damaged_gzip_file_is_one_sentence(tmp_path: Path) -> None:
 def test_a_line_that_is_not_utf8_in_the_middle_of_a_gzip_stream_fails_alone(
     tmp_path: Path,
 ) -> None:
-    packed = gzip.compress(b"good\nbad \xff\xfe\ngood\nzero \0\nlast \xc3")
+    packed = gzip.compress(b"good\nbad \xff\xfe\ngood\nzero \0\nlast \xc3", mtime=0)
     kind, lines = read(write(tmp_path / "a.gz", packed))
     assert kind == "text"
     assert lines == [
@@ -155,7 +155,7 @@ def test_a_line_that_is_not_utf8_in_the_middle_of_a_gzip_stream_fails_alone(
     [
         (b"", "is empty: it has no prompts"),
         (b"\n  \n\r\n", "is empty: it has no prompts"),
-        (gzip.compress(b"\n"), "is empty: it has no prompts"),
+        (gzip.compress(b"\n", mtime=0), "is empty: it has no prompts"),
         (b"\x7fELF\0\0", "can't be used: line 1 is not text"),
         (b"\xff\xfeh\0i\0", "can't be used: line 1 is not UTF-8 text"),
     ],
