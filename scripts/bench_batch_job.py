@@ -20,6 +20,7 @@ from llama_runtime.batch.preparation import prepared
 from llama_runtime.batch.rows.source import Source
 from llama_runtime.batch.runners.runner import LocalRunner
 from llama_runtime.batch.settings import Settings
+from llama_runtime.bundle import open_bundle
 from llama_runtime.llm import LLM
 from llama_runtime.machine import default_threads
 from llama_runtime.progress import Console
@@ -56,11 +57,12 @@ def main() -> None:
         subprocess.run(command, check=True)
     rows = _rows(options.rows)
     ratios, found = [], []
-    with LLM(options.bundle, max_batch=MAX_BATCH, max_len=MAX_LEN, threads=options.threads) as llm:
+    encoder = PromptEncoder(open_bundle(options.bundle))
+    with LLM(encoder, max_batch=MAX_BATCH, max_len=MAX_LEN, threads=options.threads) as llm:
         llm.warm_up()
         for number in range(options.rounds + 1):  # the first one warms up
             plain = seconds(lambda: _generate(llm, rows))
-            job = seconds(lambda: _run_job(llm, options.bundle, rows))
+            job = seconds(lambda: _run_job(llm, encoder, rows))
             if number:
                 ratios.append(job / plain)
                 found.append((plain, job))
@@ -103,16 +105,15 @@ def _generate(llm: LLM, rows: list[dict[str, Any]]) -> None:
     llm.generate([row["prompt"] for row in rows], params)
 
 
-def _run_job(llm: LLM, bundle: Path, rows: list[dict[str, Any]]) -> None:
-    """What ``llama-run batch`` does, but for loading the model."""
+def _run_job(llm: LLM, encoder: PromptEncoder, rows: list[dict[str, Any]]) -> None:
+    """What ``llama-run batch`` does, but for loading the model and its text side."""
     sampling = {"temperature": 0.0, "ignore_eos": True}
-    settings = Settings(bundle=bundle, options=sampling, chat=False)
+    settings = Settings(bundle=llm.bundle.path, options=sampling, chat=False)
     console = Console(io.StringIO(), quiet=True)
     with tempfile.TemporaryDirectory() as name:
         source = Source(Path(name, "rows.jsonl"))
         assert source.path is not None
         source.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        encoder = PromptEncoder(llm.bundle)
         recipe = Recipe.of_job(encoder, llm.default_params, sampling, chat=False)
         output = Path(name, "results.jsonl")
         with prepared(source, output, recipe, settings, console, lambda _: None) as work:

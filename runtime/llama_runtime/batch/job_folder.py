@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,7 +68,17 @@ class JobFolder:
                     f"{file.name} can't be locked against other runs: {error.strerror}; give "
                     "--output a file elsewhere"
                 ) from error
-            yield
+            try:
+                yield
+            finally:
+                self._leave_nothing()
+
+    def _leave_nothing(self) -> None:
+        """Remove the folder of a job that never began: an empty file should leave none."""
+        if [path.name for path in self.path.iterdir()] == ["lock"]:
+            with suppress(OSError):  # such as that of a file system where it is in use
+                (self.path / "lock").unlink()
+                self.path.rmdir()
 
     def read(self) -> dict[str, Any] | None:
         """What ``write`` wrote, or None if no job has begun.

@@ -39,6 +39,14 @@ def test_names_that_come_twice_are_refused_before_any_work(
         assert not list(tmp_path.glob("*.results.jsonl"))
 
 
+def test_a_job_that_never_began_leaves_nothing(run: Run, tmp_path: Path) -> None:
+    for data in (b"", jsonl([{"id": 1, "prompt": "a"}] * 2)):
+        (tmp_path / "rows.jsonl").write_bytes(data)
+        before = sorted(tmp_path.iterdir())
+        refused(run(tmp_path / "rows.jsonl", *OPTIONS))
+        assert sorted(tmp_path.iterdir()) == before
+
+
 def test_force_begins_anew(run: Run, rows: Path, whole: bytes, tmp_path: Path) -> None:
     output = tmp_path / "whole.jsonl"
     changed = (*OPTIONS, "--temperature", 1, "-o", output, "--force")
