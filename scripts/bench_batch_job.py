@@ -56,18 +56,25 @@ def main() -> None:
         command += ["--no-calibration", "--no-quality", "--output", str(options.bundle), "--quiet"]
         subprocess.run(command, check=True)
     rows = _rows(options.rows)
-    ratios, found = [], []
+    by_length = sorted(rows, key=lambda row: len(row["prompt"]) + 5 * row["max_tokens"])
+    ratios, sorted_ratios, found = [], [], []
     encoder = PromptEncoder(open_bundle(options.bundle))
     with LLM(encoder, max_batch=MAX_BATCH, max_len=MAX_LEN, threads=options.threads) as llm:
         llm.warm_up()
         for number in range(options.rounds + 1):  # the first one warms up
             plain = seconds(lambda: _generate(llm, rows))
             job = seconds(lambda: _run_job(llm, encoder, rows))
+            in_order = seconds(lambda: _run_job(llm, encoder, by_length))
             if number:
                 ratios.append(job / plain)
-                found.append((plain, job))
-                print(f"LLM.generate {plain:6.2f} s, the job {job:6.2f} s, {job / plain:.3f} times")
+                sorted_ratios.append(in_order / job)
+                found.append((plain, job, in_order))
+                print(
+                    f"LLM.generate {plain:6.2f} s, the job {job:6.2f} s, {job / plain:.3f} times; "
+                    f"its rows by length {in_order:6.2f} s"
+                )
     ratio = median(ratios)
+    print(f"rows that are sorted by length take {median(sorted_ratios):.3f} times as long as mixed")
     print(f"a job takes {ratio:.3f} times as long (asked for: {ASKED} at most)")
     figures: dict[str, Any] = {
         **machine(),
@@ -77,6 +84,7 @@ def main() -> None:
         "ratio_low": min(ratios),
         "ratio_high": max(ratios),
         "seconds": found,
+        "sorted_ratio": median(sorted_ratios),
         "asked": ASKED,
     }
     print(json.dumps(figures))
