@@ -315,6 +315,11 @@ class AsyncLLM:
         """
         return self._worker.stats()
 
+    @property
+    def step_seconds(self) -> float:
+        """How long the step that runs now has taken; 0 while none runs. It waits for none."""
+        return self._worker.busy_seconds
+
     def health(self) -> Literal["ok", "draining", "failed", "closed"]:
         """Whether requests can run; "failed" after an error of the backend.
 

@@ -20,6 +20,8 @@ from llama_runtime.progress import Console
 
 MIB = 2**20
 MAX_BODY_BYTES = 2**30
+MAX_INCOMING_BYTES = 2**40
+MAX_CONNECTIONS = 1_000_000
 MAX_QUEUED_REQUESTS = 1_000_000  # as AsyncLLM has them, which takes long to import
 MAX_QUEUED_TOKENS = 10**9
 LONGEST = 1e9
@@ -63,8 +65,8 @@ SECONDS = _Seconds(0, LONGEST, min_open=True)
     "--api-key-file",
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Keys, one a line; one of them has to come with every request but /health and /ready. "
-    "Others on this machine may not read the file.",
+    help="Keys, one a line; one of them has to come with every request but /health, /ping and "
+    "/ready. Others on this machine may not read the file.",
 )
 @click.option("--insecure", is_flag=True, help="Let anybody who reaches the host ask.")
 @click.option(
@@ -123,6 +125,30 @@ SECONDS = _Seconds(0, LONGEST, min_open=True)
     help="The most bytes of a request.",
 )
 @click.option(
+    "--max-incoming-bytes",
+    metavar="N",
+    type=click.IntRange(1, MAX_INCOMING_BYTES),
+    help="The most bytes of all requests that are being read; one more is answered with 429.  "
+    "[default: 64 MiB, and --max-body-bytes at least]",
+)
+@click.option(
+    "--max-connections",
+    metavar="N",
+    type=click.IntRange(1, MAX_CONNECTIONS),
+    help="The most connections. One more takes the place of that which has waited longest for a "
+    "request; if all have requests, it is answered with 503, but for /health and /ready.  "
+    "[default: 4096, or as many as files may be open]",
+)
+@click.option(
+    "--max-step-time",
+    metavar="SECONDS",
+    type=SECONDS,
+    default=120.0,
+    show_default=True,
+    help="A step of the model that takes longer is taken to hang: /health and requests are "
+    "answered with 503 until it ends.",
+)
+@click.option(
     "--metrics-compat",
     type=click.Choice(["vllm"]),
     help="Give the metrics by vLLM's names too, for boards and routers that know them.",
@@ -152,6 +178,9 @@ def serve(
     max_queue_time: float,
     shutdown_timeout: float,
     max_body_bytes: int,
+    max_incoming_bytes: int | None,
+    max_connections: int | None,
+    max_step_time: float,
     metrics_compat: Literal["vllm"] | None,
     max_batch: int | Literal["auto"] | None,
     max_len: int | None,
@@ -163,7 +192,7 @@ def serve(
     """Answer requests of OpenAI's API over HTTP.
 
     POST /v1/chat/completions and /v1/completions, as streams too, /tokenize and /detokenize; GET
-    /v1/models, /metrics, /health, /ready and /version. Standard error gets a line of JSON a
+    /v1/models, /metrics, /health, /ping, /ready and /version. Standard error gets a line of JSON a
     request, without what was asked or answered. GET / is a page that shows what the batch is doing,
     with a box to try a prompt.
 
@@ -183,6 +212,8 @@ def serve(
         request_timeout=request_timeout,
         max_queue_time=max_queue_time,
         max_body_bytes=max_body_bytes,
+        max_incoming_bytes=max_incoming_bytes,
+        max_step_time=max_step_time,
         metrics_compat=metrics_compat,
     )
     options = ServeOptions(
@@ -191,6 +222,7 @@ def serve(
         host=host,
         port=port,
         insecure=insecure,
+        max_connections=max_connections,
         shutdown_timeout=shutdown_timeout,
         max_queued_requests=max_queued_requests,
         max_queued_tokens=max_queued_tokens,

@@ -58,6 +58,7 @@ class Worker:
         self._owners: dict[int, Ticket] = {}  # by sequence; this and the next two: the thread's own
         self._without_slot: dict[int, Sequence] = {}
         self._stopping = False
+        self._turn_began: float | None = None  # None while the thread sleeps
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="caravan-worker", daemon=True)
         _running.add(self)
@@ -144,6 +145,15 @@ class Worker:
         self.check_process()
         return self.admission.stats()
 
+    @property
+    def busy_seconds(self) -> float:
+        """How long the thread has been at its turn, a step and what comes with it; 0 if it sleeps.
+
+        It waits for nothing, so that it tells of a step that hangs.
+        """
+        began = self._turn_began
+        return 0.0 if began is None else time.monotonic() - began
+
     def drain(self) -> None:
         """Take no new requests; ``admission.drained`` is done when those in flight have ended.
 
@@ -176,6 +186,7 @@ class Worker:
                     self._turn()
                 except BaseException as error:
                     self._fail(error)
+                self._turn_began = None
             self._engine.close()
         except Exception:
             logger.exception("the engine could not be closed")
@@ -190,8 +201,11 @@ class Worker:
     def _turn(self) -> None:
         """The commands that are there, then a step; sleeps until there is something to do."""
         failed = self.admission.failure is not None
-        if failed or not self._engine.has_work:
-            self._commands.get()()
+        sleeps = failed or not self._engine.has_work
+        first = self._commands.get() if sleeps else None
+        self._turn_began = time.monotonic()
+        if first is not None:
+            first()
         for _ in range(self._commands.qsize()):  # and not those that come meanwhile, for ever
             self._commands.get()()
         if self._engine.has_work and not failed and not self._stopping:

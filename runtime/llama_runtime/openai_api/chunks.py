@@ -67,10 +67,14 @@ class Chunks:
         for part in choice.take(event):
             yield self._chunk(number, event.sample, part)
 
-    def end(self) -> Iterator[Chunk]:
-        """The chunks after all choices: the usage, if it was asked for."""
+    def end(self, reused: int | None = None) -> Iterator[Chunk]:
+        """The chunks after all choices: the usage, if it was asked for.
+
+        Args:
+            reused: as for ``answer_body``.
+        """
         if self._shows_usage:
-            usage = usage_body(self._prepared, self.num_generated)
+            usage = usage_body(self._prepared, self.num_generated, reused)
             yield self._head | {"choices": [], "usage": usage}
 
     def _begun(self, number: int) -> _ChatChoice | _CompletionChoice:

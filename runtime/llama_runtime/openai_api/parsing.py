@@ -50,7 +50,6 @@ _ADVICE = {
     "prompt_cache_key": "prompts are shared by themselves; cache_salt keeps them apart",
     "prompt_logprobs": "give echo and logprobs to /v1/completions instead",
 }
-_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 
 def parse_chat(body: object, defaults: SamplingParams) -> ApiRequest:
@@ -66,7 +65,7 @@ def parse_chat(body: object, defaults: SamplingParams) -> ApiRequest:
             the model's tokenizer and template can say is said by ``ApiRequest.prepared``.
     """
     fields = Fields(body)
-    model, messages = _model(fields), _messages(fields)
+    model, messages = _model(fields), take_messages(fields)
     sampling = SamplingFields.of(fields)
     _take_chat_length(fields, sampling)
     sampling.put("logprobs", fields.flag("logprobs"), "logprobs")
@@ -185,8 +184,15 @@ def _take_without_effect(fields: Fields) -> None:
     fields.only("service_tier", "auto", "there is one for all; leave it out")
 
 
-def _messages(fields: Fields) -> tuple[Mapping[str, Any], ...]:
-    """The turns, of which no field is unknown; the rest is for ``conversation`` to check."""
+def take_messages(fields: Fields) -> tuple[Mapping[str, Any], ...]:
+    """The turns, of which no field is unknown; the rest is for ``conversation`` to check.
+
+    Args:
+        fields: of a body.
+
+    Raises:
+        RequestError: there are none, or a field of one can't be read.
+    """
     messages = fields.need("messages")
     if not isinstance(messages, list):
         raise fields.wrong("messages", f"must be a list of turns, not {type(messages).__name__}")
@@ -194,8 +200,13 @@ def _messages(fields: Fields) -> tuple[Mapping[str, Any], ...]:
         raise fields.wrong("messages", "is empty; at least one turn is needed")
     for index, message in enumerate(messages):
         turn = Fields(message, f"messages[{index}]")
-        for key in _MESSAGE_KEYS:
+        for key in ("role", "content"):
             turn.take(key)
+        for key in ("name", "tool_call_id"):
+            turn.text(key)
+        calls = turn.take("tool_calls")
+        if calls is not None and not isinstance(calls, list):
+            raise turn.wrong("tool_calls", f"must be a list, not {calls!r:.80}")
         turn.refuse(UNSUPPORTED_MESSAGE, {"function_call": "give tool_calls instead"})
     return tuple(messages)
 

@@ -54,7 +54,10 @@ class Head:
 
 
 def answer_body(
-    prepared: Prepared, completions: Seq[Seq[Completion]], head: Head
+    prepared: Prepared,
+    completions: Seq[Seq[Completion]],
+    head: Head,
+    reused: int | None = None,
 ) -> dict[str, object]:
     """The answer to a call of either kind.
 
@@ -62,22 +65,27 @@ def answer_body(
         prepared: the call.
         completions: those of each of its prompts, in any order, as the engine made them.
         head: how the answer begins.
+        reused: prompt tokens that needn't be computed; None leaves them out, where an answer must
+            not depend on what else has run.
 
     Raises:
         CaravanError: one of them ended with an error, which is this one, said of the body.
     """
     if prepared.request.kind == "chat":
-        return chat_body(prepared, completions[0], head)
-    return completion_body(prepared, completions, head)
+        return chat_body(prepared, completions[0], head, reused)
+    return completion_body(prepared, completions, head, reused)
 
 
-def chat_body(prepared: Prepared, completions: Seq[Completion], head: Head) -> dict[str, object]:
+def chat_body(
+    prepared: Prepared, completions: Seq[Completion], head: Head, reused: int | None = None
+) -> dict[str, object]:
     """The answer to a chat, a ``chat.completion``.
 
     Args:
         prepared: the call.
         completions: all of the call, as the engine made them.
         head: how the answer begins.
+        reused: as for ``answer_body``.
 
     Raises:
         CaravanError: as for ``answer_body``.
@@ -85,12 +93,15 @@ def chat_body(prepared: Prepared, completions: Seq[Completion], head: Head) -> d
     samples = _whole(prepared, completions, 0)
     return head.body("chat.completion") | {
         "choices": [_chat_choice(prepared, one) for one in samples],
-        "usage": usage(prepared, [samples]),
+        "usage": usage(prepared, [samples], reused),
     }
 
 
 def completion_body(
-    prepared: Prepared, completions: Seq[Seq[Completion]], head: Head
+    prepared: Prepared,
+    completions: Seq[Seq[Completion]],
+    head: Head,
+    reused: int | None = None,
 ) -> dict[str, object]:
     """The answer to a completion, a ``text_completion``.
 
@@ -98,6 +109,7 @@ def completion_body(
         prepared: the call.
         completions: as for ``answer_body``.
         head: how the answer begins.
+        reused: as for ``answer_body``.
 
     Raises:
         CaravanError: as for ``answer_body``.
@@ -109,29 +121,34 @@ def completion_body(
             for number, samples in enumerate(several)
             for one in samples
         ],
-        "usage": usage(prepared, several),
+        "usage": usage(prepared, several, reused),
     }
 
 
-def usage(prepared: Prepared, completions: Iterable[Seq[Completion]]) -> dict[str, object]:
+def usage(
+    prepared: Prepared, completions: Iterable[Seq[Completion]], reused: int | None = None
+) -> dict[str, object]:
     """The tokens of a call; those of a prompt count once, however many samples it has.
 
     Args:
         prepared: the call.
         completions: of each prompt.
+        reused: as for ``answer_body``.
     """
-    return usage_body(prepared, sum(len(one.token_ids) for some in completions for one in some))
+    generated = sum(len(one.token_ids) for some in completions for one in some)
+    return usage_body(prepared, generated, reused)
 
 
-def usage_body(prepared: Prepared, generated: int) -> dict[str, object]:
+def usage_body(prepared: Prepared, generated: int, reused: int | None = None) -> dict[str, object]:
     """The same, of so many tokens that the engine made."""
     prompt = sum(map(len, prepared.prompts))
     generated = generated if prepared.request.generates else 0
-    return {
+    found: dict[str, object] = {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
     }
+    return found if reused is None else found | {"prompt_tokens_details": {"cached_tokens": reused}}
 
 
 def _whole(prepared: Prepared, completions: Seq[Completion], number: int) -> list[Completion]:

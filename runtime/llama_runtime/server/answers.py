@@ -55,12 +55,14 @@ class Answers:
         """Answer a request. What the client doesn't wait for is given up, wherever it is."""
         settings, record = self._service.settings, record_of(scope)
         llm, deadline = self._service.llm, Deadline(settings.request_timeout)
-        data = await read_body(scope, receive, settings)
+        data = await read_body(scope, receive, settings, self._service.bodies)
         generation: Generation | None = None
         call = self._service.activity.enter(record)
         try:
             async with while_connected(receive):
-                prepared, generation = await self._begun(llm, data, deadline, record, call)
+                begun = self._begun(llm, data, deadline, record, call)
+                del data  # which may be megabytes, and is needed until it is read
+                prepared, generation = await begun
                 head = self._head(prepared)
                 if prepared.request.stream:
                     last = await self._stream(generation, Chunks(prepared, head), record, send)
@@ -111,7 +113,9 @@ class Answers:
                 collected.take(progress)
 
         def write() -> JsonResponse:
-            return JsonResponse(answer_body(prepared, collected.completions, head))
+            return JsonResponse(
+                answer_body(prepared, collected.completions, head, generation.num_reused)
+            )
 
         scored = record.prompt_tokens if prepared.params.prompt_logprobs else 0
         if record.completion_tokens + scored <= _QUICK_TOKENS:
@@ -138,7 +142,9 @@ class Answers:
                 for progress in happened:
                     _note(record, progress)
                 if generation.done:
-                    return b"".join([*events, *map(_event, chunks.end()), _DONE])
+                    return b"".join(
+                        [*events, *map(_event, chunks.end(generation.num_reused)), _DONE]
+                    )
                 if events or not happened:
                     data = b"".join(events) or _PING
                     await send({"type": "http.response.body", "body": data, "more_body": True})

@@ -12,6 +12,7 @@ from llama_runtime.openai_api import parse_chat, parse_completion
 from llama_runtime.server.answers import Answers
 from llama_runtime.server.info_routes import InfoRoutes
 from llama_runtime.server.metrics_route import MetricsRoute
+from llama_runtime.server.openapi import PATH, OpenApiRoute
 from llama_runtime.server.page_routes import page_routes
 from llama_runtime.server.service import Service
 from llama_runtime.server.settings import ServerSettings
@@ -62,7 +63,9 @@ def _routes(service: Service) -> list[Route]:
         Route("/detokenize", TextRoute(service, detokenize), methods=["POST"]),
         Route("/version", info.version),
         Route("/metrics", MetricsRoute(service).answer),
+        Route(PATH, OpenApiRoute(service).answer),
         Route("/health", info.health),
+        Route("/ping", info.health),
         Route("/ready", info.ready),
         *page_routes(service),
     ]

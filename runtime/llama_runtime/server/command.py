@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from llama_runtime.server.app import app_of
 from llama_runtime.server.json_log import log_to
 from llama_runtime.server.keys import is_loopback
 from llama_runtime.server.origins import loopback_names
+from llama_runtime.server.places import MAX_CONNECTIONS, SPARE, Places
 from llama_runtime.server.service import Service
 from llama_runtime.server.settings import ServerSettings
 
@@ -38,6 +40,8 @@ logger = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 65  # longer than the balancers before it, which else send into a closed door
 LAST_SECONDS = 5.0  # for the last words to those who are cut off
 CLOSE_SECONDS = 10.0  # for the step that runs
+BACKLOG = 2048  # connections that wait to be accepted
+OTHER_FILES = 128  # that are open beside connections
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +54,7 @@ class ServeOptions:
         host: where to listen.
         port: where to listen; 0 for a free one.
         insecure: whether others than this machine may ask without a key.
+        max_connections: of clients; None takes 4,096, or what the limit on open files allows.
         shutdown_timeout: seconds that those who are being answered have when it is to end.
         max_queued_requests: see ``AsyncLLM``, as for those below.
         max_queued_tokens: prompt tokens that may wait.
@@ -65,6 +70,7 @@ class ServeOptions:
     host: str
     port: int
     insecure: bool
+    max_connections: int | None
     shutdown_timeout: float
     max_queued_requests: int
     max_queued_tokens: int
@@ -79,7 +85,8 @@ def run(options: ServeOptions, console: Console) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
     Raises:
-        CaravanError: it can't listen there, or the model can't be loaded.
+        CaravanError: it can't listen there, the model can't be loaded, or this process may not have
+            so many connections.
     """
     settings, on_loopback = options.settings, is_loopback(options.host)
     if not settings.api_keys and not options.insecure and not on_loopback:
@@ -92,9 +99,9 @@ def run(options: ServeOptions, console: Console) -> None:
         settings = replace(settings, host_names=loopback_names(options.host))
         options = replace(options, settings=settings)
     log_to(sys.stderr)
-    _allow_connections()
+    max_connections = _max_connections(options.max_connections)
     with _listening(options.host, options.port) as listeners:
-        asyncio.run(_serve(options, listeners, console))
+        asyncio.run(_serve(options, listeners, max_connections, console))
 
 
 class _Server(uvicorn.Server):
@@ -105,11 +112,16 @@ class _Server(uvicorn.Server):
         yield
 
 
-def server_of(service: Service) -> uvicorn.Server:
-    """A server of HTTP/1.1 for a service; its ``serve`` installs no signal handlers."""
+def server_of(service: Service, max_connections: int = MAX_CONNECTIONS) -> uvicorn.Server:
+    """A server of HTTP/1.1 for a service; its ``serve`` installs no signal handlers.
+
+    Args:
+        service: what it serves.
+        max_connections: of clients.
+    """
     config = uvicorn.Config(
         app_of(service),
-        http=Connection,
+        http=partial(Connection, places=Places(max_connections)),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,
@@ -117,15 +129,18 @@ def server_of(service: Service) -> uvicorn.Server:
         proxy_headers=False,
         server_header=False,
         h11_max_incomplete_event_size=service.settings.max_header_bytes,
+        backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=2,
     )
     return _Server(config)
 
 
-async def _serve(options: ServeOptions, listeners: list[socket.socket], console: Console) -> None:
+async def _serve(
+    options: ServeOptions, listeners: list[socket.socket], max_connections: int, console: Console
+) -> None:
     service = Service(options.settings)
-    server = server_of(service)
+    server = server_of(service, max_connections)
     serving = asyncio.create_task(server.serve(sockets=listeners))
     addresses = " and ".join(map(_url, listeners))
     page = f"{_url(listeners[0])}/"
@@ -172,12 +187,13 @@ async def _until_told(service: Service, shutdown_timeout: float, console: Consol
             loop.add_signal_handler(number, take)
     await told[0].wait()
     service.refuse()
+    patience = 0.0 if service.hangs else shutdown_timeout  # in which nothing would end
     console.say(
-        f"shutting down: {service.num_active} requests have {shutdown_timeout:g} s to end; "
+        f"shutting down: {service.num_active} requests have {patience:g} s to end; "
         "another signal ends them at once"
     )
     hurried = asyncio.create_task(told[1].wait())
-    settled = asyncio.create_task(service.settled(shutdown_timeout))
+    settled = asyncio.create_task(service.settled(patience))
     await asyncio.wait({hurried, settled}, return_when=asyncio.FIRST_COMPLETED)
     for task in (hurried, settled):
         task.cancel()
@@ -205,6 +221,7 @@ def _listening(host: str, port: int) -> Iterator[list[socket.socket]]:
             taken = sockets[0].getsockname()[1] if sockets else port
             try:
                 one.bind((address[0], taken, *address[2:]))
+                one.listen(BACKLOG)  # so that nobody is turned away once it is said
                 sockets.append(one)
             except OSError as error:
                 refused = error
@@ -225,8 +242,30 @@ def _addresses(host: str, port: int) -> list[tuple[Any, ...]]:
         raise RequestError(f"--host {host!r:.80} can't be found: {error}", param="host") from error
 
 
-def _allow_connections() -> None:
-    """As many open files as this process may have; what is usual is 1,024."""
+def _max_connections(wanted: int | None) -> int:
+    """How many connections fit below the limit on open files, which is raised as far as it goes.
+
+    Above that limit none could be accepted, those of probes neither.
+
+    Raises:
+        RequestError: not as many as are wanted.
+    """
+    files = _allowed_files()
+    room = MAX_CONNECTIONS if files is None else files - SPARE - OTHER_FILES
+    if wanted is None:
+        return max(1, min(MAX_CONNECTIONS, room))
+    if files is not None and wanted > room:
+        raise RequestError(
+            f"--max-connections {wanted} takes {wanted + files - room:,} open files, and this "
+            f"process may have {files:,}: give fewer, or raise the limit with ulimit -n",
+            param="max_connections",
+        )
+    return wanted
+
+
+def _allowed_files() -> int | None:
+    """As many open files as this process may have, what is usual is 1,024; None for any number."""
+    found: int | None = None
     if sys.platform != "win32":  # which has no such limit
         import resource
 
@@ -234,6 +273,9 @@ def _allow_connections() -> None:
         if soft != hard:
             with suppress(OSError, ValueError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+                soft = hard
+        found = None if soft == resource.RLIM_INFINITY else soft
+    return found
 
 
 def _url(listener: socket.socket) -> str:

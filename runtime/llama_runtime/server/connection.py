@@ -11,16 +11,26 @@ from typing import Any, NoReturn
 from starlette.types import Receive, Scope
 
 from llama_runtime.errors import RequestError
+from llama_runtime.server.bodies import Bodies
 from llama_runtime.server.failures import ClientGoneError, StatusError
 from llama_runtime.server.settings import ServerSettings
 
 _JSON = "application/json"
 
 
-async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) -> bytes:
+async def read_body(
+    scope: Scope, receive: Receive, settings: ServerSettings, bodies: Bodies
+) -> bytes:
     """The body of a request.
 
+    Args:
+        scope: of the request.
+        receive: gives the parts of its body.
+        settings: what a body may be.
+        bodies: counts it while it comes.
+
     Raises:
+        QueueFullError: there is no room for it beside the others.
         StatusError: it is no JSON by its header, is too long, or takes too long to come.
         ClientGoneError: the client hung up.
     """
@@ -31,23 +41,25 @@ async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) ->
             415, f"the body must be JSON: send it with Content-Type: {_JSON}", param="content-type"
         )
     limit = settings.max_body_bytes
-    announced = headers.get(b"content-length", b"0")
-    if announced.isdigit() and (len(announced) > 18 or int(announced) > limit):
+    given = headers.get(b"content-length", b"0")
+    if given.isdigit() and (len(given) > 18 or int(given) > limit):
         raise _too_long(limit)
     chunks: list[bytes] = []
     size = 0
     try:
-        async with asyncio.timeout(settings.body_timeout):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGoneError("the client hung up while it sent its request")
-                chunks.append(message.get("body", b""))
-                size += len(chunks[-1])
-                if size > limit:
-                    raise _too_long(limit)
-                if not message.get("more_body", False):
-                    return b"".join(chunks)
+        with bodies.arriving(int(given) if given.isdigit() else 0) as take:
+            async with asyncio.timeout(settings.body_timeout):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGoneError("the client hung up while it sent its request")
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    if size > limit:
+                        raise _too_long(limit)
+                    take(len(chunks[-1]))
+                    if not message.get("more_body", False):
+                        return b"".join(chunks)
     except TimeoutError:
         raise StatusError(
             408,

@@ -72,6 +72,12 @@ def unavailable(message: str, code: str) -> StatusError:
     return StatusError(UNAVAILABLE, message, kind="server_error", code=code, headers=headers)
 
 
+def crowded() -> StatusError:
+    """A server that has as many connections as it takes, all of them with requests."""
+    message = "the server has as many connections as it takes: try again later"
+    return unavailable(message, "too_many_connections")
+
+
 def failure(error: Exception, now: StatusError | None) -> StatusError:
     """An error as an answer; what the client isn't told of goes to the log.
 

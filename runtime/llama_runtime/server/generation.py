@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Union
 
 from llama_runtime.async_calls import RETRY_SECONDS, Deadline
 from llama_runtime.async_llm import AsyncLLM
@@ -18,6 +18,9 @@ from llama_runtime.openai_api import Prepared
 from llama_runtime.sequence import TokenLogprob
 from llama_runtime.server.metrics import Course, Tally
 from llama_runtime.server.page_activity import Call
+
+# What the tasks of the prompts tell: that one has ended, too. "quiet" says that nothing happened.
+_Event = Union["Progress", Exception, Literal["ended", "quiet"]]
 
 _LEAST_TIMEOUT = 1e-6  # seconds: what has none left is told so by the engine
 
@@ -61,11 +64,19 @@ class Generation:
         self._params = prepared.params
         if len(prepared.prompts) > 1:
             self._params = replace(prepared.params, caller=call.id)
-        self._events: asyncio.Queue[Progress | Exception | None] = asyncio.Queue()
+        self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self._error: Exception | None = None
         self._window = asyncio.Semaphore(2 * llm.max_batch)
         self._tasks: list[asyncio.Task[None]] = []
         self._num_left = len(prepared.prompts)
+        self._num_reused = 0
+        self._reminder: asyncio.TimerHandle | None = None
+        self._reminder_due = 0.0  # by the loop's clock
+
+    @property
+    def num_reused(self) -> int:
+        """Prompt tokens that needn't be computed for any sample, of the prompts that have ended."""
+        return self._num_reused
 
     @property
     def done(self) -> bool:
@@ -117,21 +128,18 @@ class Generation:
         if self._error is not None:
             raise self._error
         found: list[Progress] = []
-        taken: Progress | Exception | None
-        try:
-            async with asyncio.timeout(timeout):
-                taken = await self._events.get()
-        except TimeoutError:
-            return found
+        if timeout is not None and self._events.empty():
+            self._be_reminded(timeout)
+        taken = await self._events.get()
         while True:
             if isinstance(taken, Exception):
                 if not found:
                     raise taken
                 self._error = taken  # what came before it is true
                 return found
-            if taken is None:
+            if taken == "ended":
                 self._num_left -= 1
-            else:
+            elif taken != "quiet":
                 found.append(taken)
             if self._events.empty():
                 return found
@@ -139,11 +147,27 @@ class Generation:
 
     async def close(self) -> None:
         """Give back what still runs."""
+        if self._reminder is not None:
+            self._reminder.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for course in self._courses:
             course.end()
+
+    def _be_reminded(self, seconds: float) -> None:
+        """Hear of it when nothing has happened for so long; a timer for each event costs more."""
+        loop = asyncio.get_running_loop()
+        self._reminder_due = loop.time() + seconds
+        if self._reminder is None:
+            self._reminder = loop.call_at(self._reminder_due, self._remind, loop)
+
+    def _remind(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._reminder = None
+        if loop.time() < self._reminder_due:
+            self._reminder = loop.call_at(self._reminder_due, self._remind, loop)
+        elif self._events.empty():
+            self._events.put_nowait("quiet")
 
     async def _run(self, number: int) -> None:
         """A prompt after the first, from when there is room for it."""
@@ -175,10 +199,10 @@ class Generation:
             async with stream:
                 with self._call.running(stream):
                     async for event in stream:
-                        self._call.took(event)
                         course.take(event)
                         self._events.put_nowait(Progress(number, event, stream.prompt_logprobs))
-            self._events.put_nowait(None)
+            self._num_reused += min(seq.num_reused for seq in stream.sequences)
+            self._events.put_nowait("ended")
         except (CaravanError, TimeoutError) as error:
             course.end(error)
             self._fail(number, error)

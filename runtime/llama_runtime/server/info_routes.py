@@ -20,7 +20,10 @@ class InfoRoutes:
         self._service = service
 
     async def health(self, _request: Request) -> JsonResponse:
-        """``/health``: whether this process is worth keeping; it is while it loads or drains."""
+        """``/health`` and ``/ping``: whether this process is worth keeping.
+
+        It is while it loads and while it drains.
+        """
         broken = self._service.broken
         return JsonResponse({"status": "ok"}) if broken is None else error_response(broken)
 

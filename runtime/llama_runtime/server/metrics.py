@@ -31,6 +31,11 @@ _SPAN = (
     *(40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
 _TOKENS = tuple(float(one * 10**power) for power in range(6) for one in (1, 2, 5))
+# Where the page takes quantiles from: bounds so close that they are right to a tenth.
+PER_DOUBLING = 4
+SHORTEST = 2.0**-10  # seconds, about a millisecond
+_FINE = tuple(SHORTEST * 2 ** (one / PER_DOUBLING) for one in range(1 + 17 * PER_DOUBLING))
+NUM_FINE = len(_FINE) + 1
 _SAMPLES = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 
 
@@ -64,7 +69,7 @@ class Histogram:
 class Tally:
     """What one server has counted since its start. A sequence is one completion, a choice.
 
-    Times are seconds of the monotonic clock; all but ``first_token`` and ``gap`` are taken of
+    Times are seconds of the monotonic clock; all but those of first tokens and gaps are taken of
     sequences that ended whole, by "stop" or "length".
 
     Attributes:
@@ -72,6 +77,8 @@ class Tally:
         refused: requests, by the status of the answer, 400 and above.
         first_token: from the arrival of the request until a sequence's first token is there.
         gap: from a token of a sequence to its next; 0 between those of one step.
+        fine_first_token: as ``first_token``, by narrow bounds.
+        fine_gap: as ``gap``, by narrow bounds.
         request: from the arrival of the request until the end of a sequence.
         queue: from when the prompt of a sequence was made until it had its slot.
         prefill: from its slot to its first token.
@@ -87,6 +94,8 @@ class Tally:
     refused: Counter[int] = field(default_factory=Counter)
     first_token: Histogram = field(default_factory=lambda: Histogram(_FIRST_TOKEN))
     gap: Histogram = field(default_factory=lambda: Histogram(_GAP))
+    fine_first_token: Histogram = field(default_factory=lambda: Histogram(_FINE))
+    fine_gap: Histogram = field(default_factory=lambda: Histogram(_FINE))
     request: Histogram = field(default_factory=lambda: Histogram(_SPAN))
     queue: Histogram = field(default_factory=lambda: Histogram(_SPAN))
     prefill: Histogram = field(default_factory=lambda: Histogram(_SPAN))
@@ -135,9 +144,11 @@ class Course:
             self._last[sample] = now
             if last:
                 self._tally.gap.observe(now - last)
+                self._tally.fine_gap.observe(now - last)
             else:
                 self._first[sample] = now
                 self._tally.first_token.observe(now - self._arrived)
+                self._tally.fine_first_token.observe(now - self._arrived)
         if event.finish_reason is not None:
             self._open -= 1
             self._tally.finished[event.finish_reason] += 1

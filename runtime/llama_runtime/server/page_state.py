@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from llama_runtime.sequence import Sequence
-from llama_runtime.server.page_activity import PER_DOUBLING, SHORTEST, Call, Durations
+from llama_runtime.server.metrics import PER_DOUBLING, SHORTEST, Histogram
+from llama_runtime.server.page_activity import Call
 from llama_runtime.server.service import Service
 
 _Pairs = list[tuple[Call, Sequence]]
@@ -21,11 +22,12 @@ def page_state(service: Service) -> dict[str, object]:
         service: whose state it is.
 
     Returns:
-        ``state`` ("loading", "ready", "draining", "stopped" or "failed") and ``time``, in seconds
-        of a clock of its own; and, once the model is loaded, its ``models``, whether it has a
-        ``chat`` template, ``max_len``, ``slots`` and ``limit`` (how many of them may be in use),
-        what the engine has counted, the ``running`` sequences of requests, the first of those
-        ``waiting`` and how many there are, and the latencies ``first_token`` and ``between``.
+        ``state`` ("loading", "ready", "draining", "stopped", "failed" or "engine_hangs") and
+        ``time``, in seconds of a clock of its own; and, once the model is loaded, its ``models``,
+        whether it has a ``chat`` template, ``max_len``, ``slots`` and ``limit`` (how many of them
+        may be in use), what the engine has counted, the ``running`` sequences of requests, the
+        first of those ``waiting`` and how many there are, and the latencies ``first_token`` and
+        ``between``.
     """
     found: dict[str, object] = {"state": _state(service), "time": round(time.monotonic(), 4)}
     llm = service.loaded
@@ -45,8 +47,8 @@ def page_state(service: Service) -> dict[str, object]:
         "finished": stats.finished,
         "running": [_running(call, seq) for call, seq in running],
         "waiting": [_waiting(call, seq) for call, seq in waiting[:MAX_SHOWN]],
-        "first_token": _durations(service.activity.first_token),
-        "between": _durations(service.activity.between),
+        "first_token": _durations(service.tally.fine_first_token),
+        "between": _durations(service.tally.fine_gap),
     }
 
 
@@ -93,7 +95,7 @@ def _common(call: Call, seq: Sequence) -> dict[str, object]:
     }
 
 
-def _durations(durations: Durations) -> dict[str, object]:
+def _durations(durations: Histogram) -> dict[str, object]:
     return {
         "first_bucket": SHORTEST,
         "per_doubling": PER_DOUBLING,

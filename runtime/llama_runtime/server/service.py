@@ -14,6 +14,7 @@ from llama_runtime import __version__
 from llama_runtime.async_llm import AsyncLLM
 from llama_runtime.errors import CaravanError
 from llama_runtime.openai_api import ModelNotFoundError
+from llama_runtime.server.bodies import Bodies
 from llama_runtime.server.failures import StatusError, unavailable
 from llama_runtime.server.gate import Gate
 from llama_runtime.server.metrics import Tally
@@ -33,6 +34,7 @@ class Service:
     Attributes:
         settings: as given.
         state: how far its life is. That the engine works is asked of the engine.
+        bodies: those that are being read.
         gate: what comes in.
         activity: what runs, for the page.
         tally: what is counted, for the metrics.
@@ -42,6 +44,7 @@ class Service:
     def __init__(self, settings: ServerSettings, llm: AsyncLLM | None = None) -> None:
         self.settings = settings
         self.state: ServerState = "loading"
+        self.bodies = Bodies(settings.incoming_bytes)
         self.gate = Gate(settings.text_threads)
         self.activity = Activity()
         self.tally = Tally()
@@ -130,9 +133,21 @@ class Service:
             return unavailable("the engine has failed, and has to be started again", "engine_dead")
         if health == "closed" and self.state == "ready":
             return unavailable("the model has been closed", "stopped")
+        if self.hangs:
+            message = (
+                f"a step of the engine has run for more than {self.settings.max_step_time:g} s: if "
+                "it doesn't end, the server has to be started again"
+            )
+            return unavailable(message, "engine_hangs")
         if health == "draining" and self.state == "ready":
             return unavailable("the server is shutting down: ask another one", "draining")
         return None
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the step that runs has taken longer than any may; it may still end."""
+        limit = self.settings.max_step_time
+        return limit is not None and self._llm is not None and self._llm.step_seconds > limit
 
     @property
     def llm(self) -> AsyncLLM:

@@ -13,6 +13,8 @@ LEAST_PROMPT_BYTES = 65_536  # which take 30 ms, however short the context is
 MAX_BODY_BYTES = 2**30
 MAX_TEXT_THREADS = 256
 LONGEST = 1e9  # seconds
+MAX_INCOMING_BYTES = 2**40
+INCOMING_BYTES = 64 * 2**20
 LONGEST_NAME = 256  # characters
 
 
@@ -22,20 +24,24 @@ class ServerSettings:
 
     Attributes:
         model_names: what requests may call the model; none for the bundle's own name.
-        api_keys: one of them has to come with every request but those for /health, /ready and
-            the page's own files; none
-            for a server that is open to all who can reach it.
+        api_keys: one of them has to come with every request but those for /health, /ping, /ready
+            and the page's own files; none for a server that is open to all who can reach it.
         host_names: what a server without keys may be called in the Host header of requests, beside
             addresses of the loopback, so that no page in a browser reaches it by a name of its own;
             None for anything. ``llama-run serve`` sets it where it listens on the loopback.
         request_timeout: seconds that a request may take, from its first byte on; None for any.
         max_queue_time: seconds that it may wait for a slot; None for any.
         max_body_bytes: of one request.
+        max_incoming_bytes: of all bodies that are being read at one time; a request whose body
+            doesn't fit beside the others is refused. None takes 64 MiB, and at least as many as one
+            body may have.
         max_header_bytes: of one request, its path included.
         max_prompt_bytes: of one prompt, or of the messages and tools of a chat, in UTF-8; more is
             refused before it becomes tokens. None takes eight times the context, which is twice as
             many as a text that fits has, and 64 KiB at least.
         body_timeout: seconds that a client may take to send its body.
+        max_step_time: seconds after which a step is taken to hang: /health says so, and no requests
+            are taken, until it ends; None for never.
         ping_seconds: after so many without a token a stream gets a comment, for whatever lies
             between and closes silent connections.
         metrics_compat: "vllm" has ``/metrics`` give vLLM's names too, for boards that know them.
@@ -51,9 +57,11 @@ class ServerSettings:
     request_timeout: float | None = 600.0
     max_queue_time: float | None = 60.0
     max_body_bytes: int = 4 * 2**20
+    max_incoming_bytes: int | None = None
     max_header_bytes: int = 16 * 2**10
     max_prompt_bytes: int | None = None
     body_timeout: float = 30.0
+    max_step_time: float | None = 120.0
     ping_seconds: float = 15.0
     metrics_compat: Literal["vllm"] | None = None
     text_threads: int = 4
@@ -63,12 +71,19 @@ class ServerSettings:
             _check_name(name)
         for key in self.api_keys:
             _check_key(key)
-        for name in ("request_timeout", "max_queue_time"):
+        for name in ("request_timeout", "max_queue_time", "max_step_time"):
             if getattr(self, name) is not None:
                 _check_seconds(name, getattr(self, name))
         _check_seconds("body_timeout", self.body_timeout)
         _check_seconds("ping_seconds", self.ping_seconds)
         in_range("max_body_bytes", self.max_body_bytes, MAX_BODY_BYTES)
+        if self.max_incoming_bytes is not None:
+            in_range(
+                "max_incoming_bytes",
+                self.max_incoming_bytes,
+                MAX_INCOMING_BYTES,
+                low=self.max_body_bytes,
+            )
         in_range("max_header_bytes", self.max_header_bytes, MAX_BODY_BYTES)
         in_range("text_threads", self.text_threads, MAX_TEXT_THREADS)
         if self.metrics_compat not in (None, "vllm"):
@@ -78,6 +93,13 @@ class ServerSettings:
             )
         if self.max_prompt_bytes is not None:
             in_range("max_prompt_bytes", self.max_prompt_bytes, MAX_BODY_BYTES)
+
+    @property
+    def incoming_bytes(self) -> int:
+        """The most bytes of all bodies that are being read."""
+        if self.max_incoming_bytes is not None:
+            return self.max_incoming_bytes
+        return max(INCOMING_BYTES, self.max_body_bytes)
 
     def prompt_bytes(self, max_len: int) -> int:
         """The most bytes of a prompt.

@@ -12,15 +12,16 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_runtime.errors import one_line
-from llama_runtime.server.failures import GONE, ClientGoneError, StatusError, failure
+from llama_runtime.server.failures import GONE, ClientGoneError, StatusError, crowded, failure
 from llama_runtime.server.keys import Keys
 from llama_runtime.server.origins import Origins
 from llama_runtime.server.page_files import FILES, STATE_PATH
 from llama_runtime.server.request_log import RequestRecord
 from llama_runtime.server.service import Service
 
-PROBE_PATHS = ("/health", "/ready")
+PROBE_PATHS = ("/health", "/ready", "/ping")
 OPEN_PATHS = (*PROBE_PATHS, *FILES)  # which need no key
+CROWDED = "caravan.crowded"  # in the scope of a request: its connection is one too many
 
 
 class JsonResponse(Response):
@@ -104,6 +105,8 @@ class Shell:
         self._check_size(scope)
         path = _path(scope)
         if path not in PROBE_PATHS:
+            if CROWDED in scope:
+                raise crowded()
             self._origins.check(scope["method"], headers)
         if path in OPEN_PATHS:
             await self._app(scope, receive, send)

@@ -11,6 +11,7 @@ from llama_runtime.async_llm import AsyncLLM
 from llama_runtime.errors import RequestError
 from llama_runtime.openai_api.fields import Fields
 from llama_runtime.openai_api.logprobs import token_name
+from llama_runtime.openai_api.parsing import take_messages
 from llama_runtime.server.connection import parse_json, read_body, while_connected
 from llama_runtime.server.service import Service
 from llama_runtime.server.shell import JsonResponse
@@ -35,7 +36,7 @@ class TextRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         llm = self._service.llm
-        data = await read_body(scope, receive, self._service.settings)
+        data = await read_body(scope, receive, self._service.settings, self._service.bodies)
         async with while_connected(receive):
             with self._service.gate.enter(llm, len(data)) as place:
                 body = await place.run(partial(self._answer, llm, data))
@@ -80,11 +81,10 @@ def _tokens_of_chat(service: Service, llm: AsyncLLM, messages: object, fields: F
     opens_turn, tools = fields.flag("add_generation_prompt"), fields.take("tools")
     fields.only("add_special_tokens", False, "the template writes its own; leave it out")
     fields.refuse((), {})
-    if not isinstance(messages, list) or not messages:
-        raise RequestError("messages must be a list of turns", param="messages")
-    check_bytes("messages", [messages, tools], service.max_prompt_bytes)
+    turns = take_messages(Fields({"messages": messages}))
+    check_bytes("messages", [*turns, tools], service.max_prompt_bytes)
     return llm.encoder.encode_chat(
-        messages, llm.encoder.tool_use(tools), add_generation_prompt=opens_turn is not False
+        turns, llm.encoder.tool_use(tools), add_generation_prompt=opens_turn is not False
     )
 
 

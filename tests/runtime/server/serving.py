@@ -21,6 +21,7 @@ from llama_runtime.contract import Geometry
 from llama_runtime.sampling import Reference
 from llama_runtime.server import ServerSettings, Service
 from llama_runtime.server.command import server_of
+from llama_runtime.server.places import MAX_CONNECTIONS
 from tests.watched_backend import PATIENCE, Watched, wait_for
 
 MODEL = "fake-llama"
@@ -195,6 +196,7 @@ def serving(
     max_len: int = 256,
     max_queued_requests: int = 1024,
     max_queued_tokens: int = 1_000_000,
+    max_connections: int = MAX_CONNECTIONS,
 ) -> Iterator[Serving]:
     """A server, until the block ends."""
     with watched_models() as backends:
@@ -207,7 +209,7 @@ def serving(
             max_queued_tokens=max_queued_tokens,
         )
         service = Service(settings or ServerSettings(), llm)
-        with listening(service) as port:
+        with listening(service, max_connections) as port:
             try:
                 yield Serving(port, service, llm, backends[0])
             finally:
@@ -216,9 +218,9 @@ def serving(
 
 
 @contextmanager
-def listening(service: Service) -> Iterator[int]:
+def listening(service: Service, max_connections: int = MAX_CONNECTIONS) -> Iterator[int]:
     """A service behind a port, until the block ends."""
-    server = server_of(service)
+    server = server_of(service, max_connections)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen(1024)

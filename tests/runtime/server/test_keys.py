@@ -19,7 +19,7 @@ from tests.runtime.server.serving import Serving, serving
 
 # The files of the page, which are the same for everybody; its numbers need a key.
 OPEN = {
-    *("/health", "/ready"),
+    *("/health", "/ready", "/ping"),
     *("/", "/page/page.css", "/page/page.js", "/page/slots.js", "/page/charts.js"),
     *("/page/prompt.js", "/page/text.js", "/page/icon.svg"),
 }

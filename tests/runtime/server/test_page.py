@@ -12,8 +12,8 @@ import pytest
 
 from llama_runtime.progress import Console
 from llama_runtime.server import ServerSettings, Service, command
+from llama_runtime.server.metrics import NUM_FINE, PER_DOUBLING, SHORTEST, Tally
 from llama_runtime.server.origins import host_of, loopback_names
-from llama_runtime.server.page_activity import NUM_BUCKETS, PER_DOUBLING, SHORTEST, Durations
 from llama_runtime.server.page_files import FILES
 from llama_runtime.server.page_state import MAX_SHOWN
 from tests.runtime.server.serving import (
@@ -119,13 +119,13 @@ def test_of_many_that_wait_some_are_shown(roomy: Any) -> None:
         server.wait_until_idle()
 
 
-def test_latencies_are_counted_once_a_request_and_once_a_gap(roomy: Any) -> None:
+def test_latencies_are_counted_once_a_sequence_and_once_a_gap(roomy: Any) -> None:
     with serving(roomy) as server:
         server.backend.seconds = 0.02
         body = {"model": MODEL, "prompt": ["one", "two"], "n": 2, "max_tokens": 5}
         assert server.post("/v1/completions", body | {"ignore_eos": True}).status == 200
         state = state_of(server)
-        assert sum(state["first_token"]["counts"]) == 1
+        assert sum(state["first_token"]["counts"]) == 2 * 2
         assert sum(state["between"]["counts"]) == 2 * 2 * 4
         quickest = next(i for i, count in enumerate(state["between"]["counts"]) if count)
         assert SHORTEST * 2 ** (quickest / PER_DOUBLING) > 0.015
@@ -135,12 +135,12 @@ def test_latencies_are_counted_once_a_request_and_once_a_gap(roomy: Any) -> None
 
 @pytest.mark.parametrize("seconds", [0.0, 0.001, 0.0123, 0.5, 3.0, 127.0, 1e6])
 def test_a_time_is_counted_in_the_bucket_that_holds_it(seconds: float) -> None:
-    durations = Durations()
-    durations.add(seconds)
+    durations = Tally().fine_gap
+    durations.observe(seconds)
     assert sum(durations.counts) == 1
     bucket = durations.counts.index(1)
     end = SHORTEST * 2 ** (bucket / PER_DOUBLING)
-    assert bucket == NUM_BUCKETS - 1 or seconds <= end * (1 + 1e-9)
+    assert bucket == NUM_FINE - 1 or seconds <= end * (1 + 1e-9)
     assert bucket == 0 or seconds > end / 2 ** (1 / PER_DOUBLING) * (1 - 1e-9)
 
 
@@ -299,7 +299,9 @@ def test_llama_run_serve_knows_its_names_on_the_loopback(
 
     monkeypatch.setattr(command, "_serve", serve)
     monkeypatch.setattr(command, "log_to", lambda _: None)
-    limits = dict.fromkeys(("max_batch", "max_len", "threads", "devices", "prefix_tokens"))
+    limits = dict.fromkeys(
+        ("max_batch", "max_len", "threads", "devices", "prefix_tokens", "max_connections")
+    )
     options = command.ServeOptions(
         bundle=tmp_path,
         settings=ServerSettings(),

@@ -76,7 +76,7 @@ def test_what_came_before_an_error_is_given_out_before_it(prepared: Prepared) ->
         call = Activity().enter(RequestRecord(id="name", method="POST", path="/"))
         generation = Generation(llm, prepared, Deadline(None), call, Tally())
         event = Progress(0, TokenEvent(1, 5, "a"), [])
-        for happened in (event, None, BackendError("the graph failed"), event):
+        for happened in (event, "ended", BackendError("the graph failed"), event):
             generation._events.put_nowait(happened)
         assert await generation.some() == [event]
         for _ in range(2):

@@ -202,8 +202,37 @@ def test_text_and_tokens_become_each_other(server: Serving, llm: LLM) -> None:
     assert server.post("/tokenize", unopened).json()["count"] > chat["count"]
 
 
+def test_usage_says_how_much_of_a_prompt_was_computed_before(
+    server: Serving, client: openai.OpenAI
+) -> None:
+    """In blocks of 32; of several samples what none of them had to compute."""
+
+    def cached(prompt: Any, **more: Any) -> int:
+        before = server.llm.stats().reused_tokens
+        asked = {"model": MODEL, "prompt": prompt, "max_tokens": 2, **more}
+        if more.get("stream"):
+            *_, last = client.completions.create(**asked, stream_options={"include_usage": True})
+        else:
+            last = client.completions.create(**asked)
+        server.wait_until_idle()
+        found: int = last.usage.prompt_tokens_details.cached_tokens
+        assert found <= server.llm.stats().reused_tokens - before
+        return found
+
+    first, second = "an unheard-of prompt " * 10, "another one " * 10  # 210 and 120 tokens
+    assert cached(first) == 0
+    assert cached(first) == cached(first, stream=True) == 192
+    assert cached(second, n=3) == 0
+    assert cached([first, second, "third"], n=2) == 192 + 96
+    chat = {"model": MODEL, "messages": HELLO * 8, "max_tokens": 1}
+    server.post("/v1/chat/completions", chat)
+    usage = server.post("/v1/chat/completions", chat).json()["usage"]
+    assert 0 < usage["prompt_tokens_details"]["cached_tokens"] < usage["prompt_tokens"]
+
+
 def test_what_says_how_it_is_says_so(server: Serving) -> None:
     assert server.get("/health").json() == {"status": "ok"}
+    assert server.get("/ping").json() == {"status": "ok"}
     assert server.get("/ready").json() == {"status": "ready"}
     assert server.get("/version").json() == {"version": __version__}
 

@@ -14,6 +14,7 @@ const STATES = {
   draining: "Shutting down: takes no new requests",
   stopped: "Stopped",
   failed: "The engine has failed, and has to be started again",
+  engine_hangs: "A step of the engine takes too long",
 };
 
 let key = ""; // stays here: not in a URL, a cookie or any storage
@@ -29,7 +30,7 @@ function authorization() {
 
 function show(state) {
   say(byId("state"), STATES[state.state] ?? state.state);
-  byId("state").classList.toggle("bad", state.state === "failed");
+  byId("state").classList.toggle("bad", ["failed", "engine_hangs"].includes(state.state));
   byId("main").hidden = !state.models;
   if (!state.models) return;
   say(byId("model"), state.models.join(", "));
