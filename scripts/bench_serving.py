@@ -1,0 +1,156 @@
+"""See ``scripts/bench_serving``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import tempfile
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from llama_runtime.async_llm import AsyncLLM
+from llama_runtime.machine import default_threads
+from llama_runtime.params import SamplingParams
+from scripts.bench_batch_job import BUNDLE, build
+from scripts.bench_machine import machine
+from scripts.serving_client import request_bytes
+from scripts.serving_process import LLAMA_RUN, Server, running
+
+MAX_LEN = 512
+PROMPT_TOKENS = 64
+ALONE = 15  # requests one by one, in a round
+ASKED_RATIO, ASKED_MILLISECONDS = 0.97, 5.0
+
+Times = list[float]  # when each token of a stream came, by the monotonic clock
+
+
+def main() -> None:
+    """Both in turns, and the medians of what they differ by."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--bundle", type=Path, default=BUNDLE)
+    options = parser.parse_args()
+    build(options.bundle)
+    with tempfile.TemporaryDirectory() as folder:
+        size = ["--max-batch", str(options.streams), "--max-len", str(MAX_LEN)]
+        size += ["--threads", str(options.threads)]
+        with running(LLAMA_RUN, options.bundle, Path(folder), *size) as server:
+            asyncio.run(_compared(server, options))
+
+
+async def _compared(server: Server, options: argparse.Namespace) -> None:
+    llm = await AsyncLLM.load(
+        options.bundle,
+        max_batch=options.streams,
+        max_len=MAX_LEN,
+        threads=options.threads,
+    )
+    ratios, first, later, rates = [], [], [], []
+    numbers = random.Random(0)
+    async with llm:
+        for number in range(options.rounds + 1):  # the first one warms up
+            prompts = [
+                [numbers.randrange(server.vocab_size) for _ in range(PROMPT_TOKENS)]
+                for _ in range(options.streams)
+            ]
+            alone = [
+                [numbers.randrange(server.vocab_size) for _ in range(PROMPT_TOKENS)]
+                for _ in range(ALONE)
+            ]
+            inside = await _all_at_once(
+                [_inside(llm, one, options.tokens) for one in prompts], options.tokens
+            )
+            outside = await _all_at_once(
+                [_outside(server, one, options.tokens) for one in prompts], options.tokens
+            )
+            if not number:
+                continue
+            waits = [
+                (await _wait(_inside(llm, one, 2)), await _wait(_outside(server, one, 2)))
+                for one in alone
+            ]
+            ratios.append(outside[0] / inside[0])
+            rates.append((inside[0], outside[0]))
+            later.append(1000 * (outside[1] - inside[1]))
+            first.append(1000 * median(there - here for here, there in waits))
+            print(
+                f"{options.streams} streams: {inside[0]:6.0f} tokens/s inside, {outside[0]:6.0f} "
+                f"over HTTP, {ratios[-1]:.3f} times; first tokens {later[-1]:+6.1f} ms; alone, the "
+                f"first token comes {first[-1]:+.2f} ms later"
+            )
+    print(f"over HTTP: {median(ratios):.3f} times the tokens/s (asked for: {ASKED_RATIO})")
+    print(f"first token {median(first):+.2f} ms (asked for: {ASKED_MILLISECONDS} at most)")
+    figures = {
+        **machine(),
+        "streams": options.streams,
+        "tokens": options.tokens,
+        "threads": options.threads,
+        "tokens_per_second": rates,
+        "ratio": median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+        "first_token_ms": median(first),
+        "first_token_ms_in_company": median(later),
+    }
+    print(json.dumps(figures))
+
+
+async def _all_at_once(
+    streams: list[Coroutine[Any, Any, Times]], tokens: int
+) -> tuple[float, float]:
+    """Tokens a second of them all, so many each, and the mean time to a first token."""
+    began = time.monotonic()
+    found = await asyncio.gather(*streams)
+    seconds = time.monotonic() - began
+    return tokens * len(found) / seconds, sum(times[0] - began for times in found) / len(found)
+
+
+async def _wait(stream: Coroutine[Any, Any, Times]) -> float:
+    began = time.monotonic()
+    return (await stream)[0] - began
+
+
+async def _inside(llm: AsyncLLM, prompt: list[int], tokens: int) -> Times:
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    return [time.monotonic() async for _ in llm.stream(prompt, params)]
+
+
+async def _outside(server: Server, prompt: list[int], tokens: int) -> Times:
+    body = {"model": server.model, "prompt": prompt, "max_tokens": tokens, "stream": True}
+    request = request_bytes(
+        "POST", "/v1/completions", body | {"temperature": 0, "ignore_eos": True}
+    )
+    loop = asyncio.get_running_loop()
+    _, reader = await loop.create_connection(lambda: _Reader(request), "127.0.0.1", server.port)
+    return await reader.done
+
+
+class _Reader(asyncio.Protocol):
+    """Notes when events come, and does as little else as it can: it shares the processor."""
+
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+        self._times: Times = []
+        self.done: asyncio.Future[Times] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self._times += data.count(b"data: {") * [time.monotonic()]
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        self.done.set_result(self._times)
+
+
+if __name__ == "__main__":
+    main()
