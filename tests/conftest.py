@@ -19,6 +19,15 @@ from tests.tiny_model import byte_level_tokenizer, write_tiny_model
 
 ROOT = Path(__file__).parents[1]
 REAL_GGUF = ROOT / "artifacts" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+# These take longest, and run first: begun late, one would leave the other process without work. The
+# first makes the real model's bundle, for which the second needn't wait.
+LONGEST = (
+    "tests/laws/test_company.py",
+    "tests/laws/test_ray.py",
+    "tests/laws/test_memory.py",
+    "tests/runtime/test_tensorrt_runner.py",
+    "tests/runtime/test_tensorrt_build.py",
+)
 # The same examples in every run, on machines of any speed, and no folder of past ones.
 hypothesis.settings.register_profile("caravan", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("caravan")
@@ -50,6 +59,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for path in {item.path for item in items if item.get_closest_marker("alone")}:
         if not names_alone(path):
             raise pytest.UsageError(f"{path}: write mark.alone here, else nobody runs these tests")
+    places = {ROOT / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")

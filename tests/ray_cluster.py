@@ -21,20 +21,20 @@ from pathlib import Path
 from typing import Any
 
 CPUS = (1, 1)  # of the nodes; the first one stays
+# A head node without the processes that show it, forward its logs and start more nodes.
+SMALL = {
+    "include_dashboard": False,
+    "include_log_monitor": False,
+    "no_monitor": True,
+    "object_store_memory": 2**27,
+}
 
 
 def main() -> None:
     """Run a cluster until nobody wants it any more."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": CPUS[0],
-            "include_dashboard": False,
-            "object_store_memory": 2**27,
-        },
-    )
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS[0], **SMALL})
     added = [cluster.add_node(num_cpus=cpus, object_store_memory=2**27) for cpus in CPUS[1:]]
     nodes: list[Any] = [cluster.head_node, *added]
     raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
@@ -113,20 +113,29 @@ def ray_cluster() -> Iterator[RayCluster]:
 
 
 class RayJob(contextlib.AbstractContextManager["RayJob"]):
-    """A process with a job of ``tests.ray_job``, with two workers.
+    """A process with a job of ``tests.ray_job``.
 
     Args:
         cluster: where it runs.
         bundle: what it runs.
         prompts: its rows.
         output: its results.
+        num_workers: each takes seconds of processors to start.
     """
 
-    def __init__(self, cluster: RayCluster, bundle: Path, prompts: Path, output: Path) -> None:
+    def __init__(
+        self,
+        cluster: RayCluster,
+        bundle: Path,
+        prompts: Path,
+        output: Path,
+        *,
+        num_workers: int = 2,
+    ) -> None:
         self._output = output
-        arguments = [str(path) for path in (bundle, prompts, output)]
+        arguments = [*map(str, (bundle, prompts, output)), cluster.address, str(num_workers)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.ray_job", *arguments, cluster.address, "2"],
+            [sys.executable, "-m", "tests.ray_job", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -13,8 +13,10 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.cluster_utils import Cluster
 
 from examples.ray_serve_app import Service
+from tests.ray_cluster import SMALL
 
 STEP_SECONDS = 0.02
 
@@ -36,13 +38,15 @@ class Slow(Service):
 
 def main(bundle: str, port: int) -> None:
     """Serve, and do as told."""
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, **SMALL})
+    ray.init(cluster.address, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     deployment = serve.deployment(Slow).options(
         max_ongoing_requests=2,
         max_queued_requests=2,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         graceful_shutdown_timeout_s=30,
+        graceful_shutdown_wait_loop_s=0.1,
     )
     handle = serve.run(deployment.bind(bundle, 2))
     sys.stdout.write("ready\n")
@@ -55,8 +59,8 @@ def main(bundle: str, port: int) -> None:
             answer = "deleted"
         sys.stdout.write(f"{answer}\n")
         sys.stdout.flush()
-    serve.shutdown()
     ray.shutdown()
+    cluster.shutdown()
 
 
 if __name__ == "__main__":

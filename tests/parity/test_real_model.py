@@ -43,7 +43,7 @@ QUESTIONS = (
 
 @pytest.fixture(scope="module")
 def prompts_and_completions(real_bundle: Path) -> list[tuple[list[int], list[int]]]:
-    with LLM(real_bundle, max_batch=8, max_len=512) as llm:
+    with LLM(real_bundle, max_batch=16, max_len=512) as llm:
         prompts = [llm.tokenizer.encode(topic) for topic in TOPICS]
         prompts += [llm.chat_prompt([{"role": "user", "content": q}]) for q in QUESTIONS]
         # Longer ones, over several chunks: the same texts behind others.
@@ -71,8 +71,8 @@ def test_greedy_tokens_are_those_of_transformers(
     for prompt, completion in prompts_and_completions:
         assert len(completion) == NUM_TOKENS
         with torch.no_grad():
-            logits = reference(torch.tensor([prompt + completion])).logits[0]
-        rows = logits[len(prompt) - 1 : -1]
+            ids = torch.tensor([prompt + completion])
+            rows = reference(ids, logits_to_keep=NUM_TOKENS + 1).logits[0, :-1]
         differing = (rows.argmax(dim=-1) != torch.tensor(completion)).nonzero().flatten().tolist()
         if differing:
             first = differing[0]  # what follows a first difference is another text
