@@ -15,6 +15,10 @@ from llama_runtime.grammars import GrammarCompiler
 from llama_runtime.paged_cache import PagedCache
 from llama_runtime.scheduler import Scheduler, any_chunk
 
+# A step of one short prompt takes about as long here as one that decodes for everybody. 8 decoding
+# steps of a 1B model are 11 ms; among completions of 40 tokens a slot is empty for a tenth of them.
+GATHER = 8
+
 
 def cuda_engine(
     graph: Path,
@@ -85,6 +89,7 @@ def cuda_engine(
         stream_budget=stream_budget,
         cut=any_chunk,
         max_cells=None,
+        gather=GATHER,
     )
     return Engine(
         runner,

@@ -116,6 +116,10 @@ class Engine:
         """Whether a sequence that is added now would run in the next step, memory allowing."""
         return self._scheduler.has_room
 
+    def run_apart(self, apart: bool = True) -> None:
+        """Run one sequence a step, in turn, or no longer: what batches are measured against."""
+        self._scheduler.apart = apart
+
     @property
     def ready(self) -> bool:
         """Whether ``collect`` would not wait."""

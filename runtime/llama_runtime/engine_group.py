@@ -120,6 +120,11 @@ class EngineGroup:
         """See ``Engine.has_room``."""
         return not self._waiting and any(engine.has_room for engine in self._turns)
 
+    def run_apart(self, apart: bool = True) -> None:
+        """See ``Engine.run_apart``."""
+        for engine in self._engines:
+            engine.run_apart(apart)
+
     @property
     def ready(self) -> bool:
         """See ``Engine.ready``."""

@@ -27,6 +27,8 @@ from llama_runtime.contract import (
 from llama_runtime.sequence import Sequence
 from llama_runtime.waiting import WaitingQueue
 
+_NEARLY = 8  # slots are gathered while no more than one of so many is free
+
 
 class Chunk:
     """The next tokens of one sequence.
@@ -123,11 +125,16 @@ class Scheduler:
         max_prompts: the most prompts of which one step runs chunks; None where it may be any.
         max_logits: the most rows of logits of a step of prompts, or of one that verifies; None for
             ``max_logits_rows``.
+        gather: while nearly all slots are in use, so many steps run between two of prompts, so that
+            the slots which become free are filled together. For where a step of one prompt takes as
+            long as one of several; 0 fills them one by one.
 
     Attributes:
         waiting: those without a slot.
         running: those with one, in order of admission.
         limit: how many may run at once, at most the slots of the cache.
+        apart: whether a step runs one sequence, in turn: the interleaving, token by token, that
+            batches are measured against.
     """
 
     def __init__(
@@ -142,6 +149,7 @@ class Scheduler:
         max_cells: int | None = MAX_CELLS,
         max_prompts: int | None = None,
         max_logits: int | None = None,
+        gather: int = 0,
     ) -> None:
         if cut is None and not MIN_CHUNK <= max_chunk <= MAX_CHUNK:
             raise ValueError(f"max_chunk must lie in {MIN_CHUNK} to {MAX_CHUNK}, not {max_chunk}")
@@ -153,20 +161,30 @@ class Scheduler:
         self._max_cells = max_cells
         self._max_prompts = max_prompts
         self._max_logits = max_logits
+        self._gather = gather
+        self._num_without_prompts = 0  # steps since one ran any
         self.cache = cache
         self.prompt_budget = prompt_budget
         self.max_chunk = max_chunk
         self.refill = refill
+        self.apart = False
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self._turns = deque([self._prompt_chunks, self._decoding_chunks, self._verifying_chunks])
         self._left_out: Sequence | None = None  # of a step that verified, so first in the next one
+        self._alone: deque[Chunk] = deque()  # that are to run one by one
 
     @property
     def has_room(self) -> bool:
         """Whether a sequence that is added now would run in the next step, memory allowing."""
         free = self.cache.num_free > 0 and len(self.running) < self.limit
-        return free and not self.waiting
+        return free and not self.waiting and not self._gathers
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether slots that are free wait until there are more of them."""
+        num_free = self.limit - len(self.running)
+        return num_free <= self.limit // _NEARLY and self._num_without_prompts < self._gather
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
@@ -191,6 +209,7 @@ class Scheduler:
         """Let a running sequence run no more; what it holds stays its own."""
         self.running.remove(seq)
         self.waiting.release(seq)
+        self._alone = deque(chunk for chunk in self._alone if chunk.seq is not seq)
 
     def schedule(self, now: float = 0.0) -> list[Chunk]:
         """The chunks of the next step; empty only if nothing runs or waits.
@@ -198,12 +217,19 @@ class Scheduler:
         Args:
             now: the time, in seconds.
         """
+        if self._alone:
+            return [self._alone.popleft()]
         self._admit(now)
         for _ in range(len(self._turns)):
-            chunks = self._turns[0]()
+            turn = self._turns[0]
+            chunks = turn()
             self._turns.rotate(-1)
             if chunks:
-                return chunks
+                is_prompts = turn == self._prompt_chunks
+                self._num_without_prompts = 0 if is_prompts else self._num_without_prompts + 1
+                if self.apart:
+                    self._alone.extend(chunks[1:])
+                return chunks[:1] if self.apart else chunks
         return []
 
     def _decoding_chunks(self) -> list[Chunk]:
@@ -282,7 +308,7 @@ class Scheduler:
         return chunks
 
     def _admit(self, now: float) -> None:
-        if not self.refill and self.running:
+        if (not self.refill and self.running) or self._gathers:
             return
         while len(self.running) < self.limit:
             seq = self.waiting.first()

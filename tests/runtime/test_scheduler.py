@@ -34,10 +34,20 @@ def sequence(num_prompt_tokens: int, max_tokens: int = 8) -> Sequence:
 
 
 def scheduler(
-    num_slots: int, prompt_budget: int = 1000, max_chunk: int = 512, *, refill: bool = True
+    num_slots: int,
+    prompt_budget: int = 1000,
+    max_chunk: int = 512,
+    *,
+    refill: bool = True,
+    gather: int = 0,
 ) -> Scheduler:
-    cache = SlotCache(num_slots, max_len=2000)
-    return Scheduler(cache, prompt_budget=prompt_budget, max_chunk=max_chunk, refill=refill)
+    return Scheduler(
+        SlotCache(num_slots, max_len=2000),
+        prompt_budget=prompt_budget,
+        max_chunk=max_chunk,
+        refill=refill,
+        gather=gather,
+    )
 
 
 def finish_step(chunks: list[Chunk]) -> list[Sequence]:
@@ -112,6 +122,43 @@ def test_fixed_batches_wait_until_every_slot_is_free() -> None:
     assert lengths(finish_and_return(rows)) == {seqs[1].id: 1}
     rows.remove(seqs[1])
     assert lengths(rows.schedule()) == {seqs[2].id: 5}
+
+
+def full(gather: int) -> tuple[Scheduler, list[Sequence]]:
+    """One of 16 slots, all of whose sequences decode, and those that wait."""
+    rows, seqs = scheduler(16, gather=gather), [sequence(5, max_tokens=100) for _ in range(26)]
+    for seq in seqs:
+        rows.add(seq)
+    finish_step(rows.schedule())
+    for seq in seqs[:2]:
+        rows.remove(seq)
+    return rows, seqs[16:]
+
+
+def test_slots_that_become_free_are_filled_together_where_that_is_as_quick() -> None:
+    rows, late = full(gather=8)
+    for _ in range(8):
+        assert not rows.has_room
+        chunks = rows.schedule()
+        assert set(lengths(chunks).values()) == {1}
+        finish_step(chunks)
+    assert list(lengths(rows.schedule())) == [late[0].id, late[1].id]
+
+
+def test_many_free_slots_wait_for_no_more() -> None:
+    rows, late = full(gather=8)
+    finish_step(rows.schedule())
+    rows.remove(rows.running[0])
+    assert list(lengths(rows.schedule())) == [seq.id for seq in late[:3]]
+    for seq in list(rows.running[2:]):
+        rows.remove(seq)
+    for seq in list(rows.waiting):
+        rows.remove(seq)
+    assert rows.has_room
+    alone = sequence(5)
+    rows.add(alone)
+    rows.schedule()
+    assert alone.slot is not None
 
 
 def finish_and_return(rows: Scheduler) -> list[Chunk]:
