@@ -139,8 +139,8 @@ def open_session(graph: Path, threads: int) -> Any:
     # Else the decoder's threads go on spinning while those of the sampler work: on 2 processors a
     # sampled step takes 1.75 times as long.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # A plan of memory for each combination of shapes is kept for ever: 38 KB each for 30 layers, and
-    # a server that runs for a week meets tens of thousands.
+    # A plan of memory for each combination of shapes would be kept for ever: 38 KB each for 30
+    # layers, and a server that runs for a week meets tens of thousands.
     options.enable_mem_pattern = False
     if not bytes_are_exact():  # the signed ones become unsigned, and products slower
         options.add_session_config_entry("session.x64quantprecision", "1")
