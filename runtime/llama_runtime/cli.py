@@ -14,6 +14,7 @@ from typing import Any, Literal
 import click
 
 from llama_runtime import __version__
+from llama_runtime.bench_cli import bench
 from llama_runtime.cli_options import (
     bundle_option,
     control_tokens_option,
@@ -49,6 +50,7 @@ def cli() -> None:
 
 
 cli.add_command(serve)
+cli.add_command(bench)
 
 
 @cli.command(
@@ -442,6 +444,35 @@ def plan(
     except CapacityError as error:
         click.echo(f"Error: {error}", err=True)
         click.get_current_context().exit(FAILED)
+
+
+@cli.command(
+    epilog=_examples(
+        "  llama-run collect-env",
+        "  llama-run collect-env --bundle ./bundle --json",
+    )
+)
+@click.option(
+    "--bundle",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Say what this bundle holds too.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, sizes in bytes.")
+def collect_env(bundle: Path | None, as_json: bool) -> None:
+    """Show what a bug report needs.
+
+    Versions of Caravan, Python and the libraries, and which of them can't be imported; the system,
+    its processors and what they can do, memory, and what of both this process may use; GPUs; and
+    the variables of the environment that change any of it. Nothing is sent anywhere. Folders and
+    keys are left out.
+
+    Exit status: 0 it was shown, whatever it shows; 2 wrong use.
+    """
+    from llama_runtime.collect_env import command, page
+
+    facts = command.collect(bundle)
+    print_out(command.as_json(facts) if as_json else page.as_text(facts))
 
 
 def _read_prompt() -> str:

@@ -37,11 +37,32 @@ class Memory:
 
 def default_threads() -> int:
     """Processors that this process may use: its affinity, within the container's quota."""
+    return min(affinity(), processor_quota() or sys.maxsize)
+
+
+def affinity() -> int:
+    """Processors that this process may run on; all of the machine where none are excluded."""
     if hasattr(os, "sched_getaffinity"):
-        allowed = len(os.sched_getaffinity(0))
-    else:
-        allowed = os.cpu_count() or 1
-    return min([allowed, *map(_quota, _control_groups("cpu"))])
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def processor_quota() -> int | None:
+    """Whole processors, at least 1, of the tightest quota that holds; None if there is none."""
+    quota = min(map(_quota, _control_groups("cpu")), default=sys.maxsize)
+    return None if quota == sys.maxsize else quota
+
+
+def container_memory() -> int | None:
+    """Bytes of the tightest limit of the control groups; None if none is below the machine's."""
+    limits = [
+        int(limit)
+        for group in _control_groups("memory")
+        for file, _, _ in _MEMORY_LIMITS
+        if (limit := _text(group / file).strip()).isdigit()
+    ]
+    tightest = min(limits, default=sys.maxsize)
+    return tightest if tightest < total_memory() else None
 
 
 def available_memory(mapped_bytes: int = 0) -> Memory:
@@ -126,12 +147,20 @@ if sys.platform == "win32":
             ("virtual_extended", ctypes.c_ulonglong),
         )
 
+    def total_memory() -> int:
+        """Bytes of the machine's memory."""
+        return int(_memory_status().total)
+
     def _free_memory() -> int:
         """What is free, within what the system can promise: there untouched pages count too."""
+        status = _memory_status()
+        return min(int(status.free), int(status.commit_free))
+
+    def _memory_status() -> _MemoryStatus:
         status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
         if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
             raise OSError("GlobalMemoryStatusEx failed")
-        return min(int(status.free), int(status.commit_free))
+        return status
 
     def _process_limits() -> dict[str, int]:
         return {}
@@ -139,12 +168,16 @@ if sys.platform == "win32":
 else:
     import resource
 
+    def total_memory() -> int:
+        """Bytes of the machine's memory."""
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
     def _free_memory() -> int:
         """What is free, or all of the machine where the system doesn't say."""
         meminfo = _numbers(PROC / "meminfo", separator=":")
         if "MemAvailable" in meminfo:
             return 1024 * meminfo["MemAvailable"]
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total_memory()
 
     def _process_limits() -> dict[str, int]:
         """Bytes left under each limit of the process itself, by the command that sets it."""

@@ -277,15 +277,25 @@ OUT_OF_RANGE = {
     "--max-len": ("-1", "0", "1", "1.5", "513", "9" * 30),
     "--prefix-tokens": ("-1", "1.5", "9" * 30),
     "--limit": ("-1", "0", "1.5"),
+    "--num-prompts": ("-1", "0", "1.5", "1000001"),
+    "--rounds": ("-1", "0", "1.5", "1001"),
     "--port": ("-1", "65536", "1.5"),
     "--max-queued-requests": ("-1", "0", "1.5", "1000001"),
     "--max-queued-tokens": ("-1", "0", "1.5", "1000000001"),
     "--max-body-bytes": ("-1", "0", "1.5", str(2**30 + 1)),
+    "--max-incoming-bytes": ("-1", "0", "1.5", "4194303", str(2**40 + 1)),
+    "--max-connections": ("-1", "0", "1.5", "1000001"),
+    "--max-step-time": ("-1", "0", "1.1e9"),
     "--request-timeout": ("-1", "0", "1.1e9"),
     "--max-queue-time": ("-1", "0", "1.1e9"),
     "--shutdown-timeout": ("-1", "1.1e9"),
 }
-OF_COMMANDS = {"--limit": ("eval",), **dict.fromkeys([*OUT_OF_RANGE][-7:], ("serve",))}
+OF_COMMANDS = {
+    "--limit": ("eval",),
+    "--num-prompts": ("bench",),
+    "--rounds": ("bench",),
+    **dict.fromkeys([*OUT_OF_RANGE][-10:], ("serve",)),
+}
 
 
 def test_every_option_that_is_a_number_is_in_the_table() -> None:

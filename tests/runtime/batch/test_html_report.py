@@ -14,10 +14,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama_runtime.batch.figures.html_report import render
-from llama_runtime.batch.figures.page_text import nice_step, nice_time, number, text
 from llama_runtime.batch.figures.statistics import Statistics
-from llama_runtime.batch.figures.svg_charts import HEIGHT, TOP, Axis
 from llama_runtime.batch.results.outcome import Outcome
+from llama_runtime.pages.page_text import nice_step, nice_time, number, text
+from llama_runtime.pages.svg_charts import HEIGHT, TOP, Axis
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 ELEMENTS = {  # of HTML; what SVG holds is read apart

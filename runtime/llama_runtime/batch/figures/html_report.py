@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
-from importlib.resources import files
 from typing import Any
 
 from llama_runtime.batch.figures import report_charts
-from llama_runtime.batch.figures.page_text import NONE, number, seconds, share, text
+from llama_runtime.pages.page import facts, page
+from llama_runtime.pages.page_text import number, seconds, share, text
 
 
 def render(summary: Mapping[str, Any]) -> str:
@@ -31,7 +31,6 @@ def render(summary: Mapping[str, Any]) -> str:
     """
     job, statistics = summary["job"], summary["statistics"]
     title = f"Batch job: {job.get('bundle', 'unnamed')}"
-    style = files("llama_runtime.batch.figures").joinpath("report.css").read_text("utf-8")
     parts = [
         f"<header><h1>{text(title)}</h1>{_lead(job)}</header>",
         _headline(statistics),
@@ -40,18 +39,11 @@ def render(summary: Mapping[str, Any]) -> str:
         *_finish_reasons(statistics["finish_reasons"]),
         *_errors(statistics["first_errors"], statistics["failed"]),
         '<div class="two">',
-        *_facts("Job", job),
-        *_facts("Machine", summary["machine"]),
+        *facts("Job", job),
+        *facts("Machine", summary["machine"]),
         "</div>",
     ]
-    body = "\n".join(parts)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{text(title)}</title>\n<style>\n{style}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    return page(title, parts)
 
 
 def _lead(job: Mapping[str, Any]) -> str:
@@ -118,24 +110,3 @@ def _errors(errors: Seq[Mapping[str, Any]], failed: int) -> Iterator[str]:
             f'<span class="message">{text(error["message"])}</span></li>'
         )
     yield "</ol>"
-
-
-def _facts(heading: str, facts: Mapping[str, Any]) -> Iterator[str]:
-    """Facts by name; those within a mapping are named after both."""
-    lines = list(_flat(facts, ""))
-    if not lines:
-        return
-    yield f'<section><h2>{heading}</h2><table class="facts"><tbody>'
-    for name, value in lines:
-        shown = NONE if value is None else value
-        yield f'<tr><th scope="row">{text(name)}</th><td>{text(shown)}</td></tr>'
-    yield "</tbody></table></section>"
-
-
-def _flat(facts: Mapping[str, Any], above: str) -> Iterator[tuple[str, object]]:
-    for name, value in facts.items():
-        shown = above + str(name).replace("_", " ")
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{shown}: ")
-        else:
-            yield shown, value

@@ -9,11 +9,12 @@ from itertools import pairwise
 from math import floor, log10
 from typing import Any
 
-from llama_runtime.batch.figures import svg_charts
 from llama_runtime.batch.figures.histogram import QUANTILES, SECOND_EDGES, TOKEN_EDGES
-from llama_runtime.batch.figures.page_text import number, seconds, share, short, text
-from llama_runtime.batch.figures.svg_charts import Mark
 from llama_runtime.batch.figures.timeline import Piece, Timeline
+from llama_runtime.pages import svg_charts
+from llama_runtime.pages.page import details, table
+from llama_runtime.pages.page_text import number, seconds, share, short
+from llama_runtime.pages.svg_charts import Mark
 
 _MOST_PIECES = 72  # of time: as many as can be told apart on a phone
 _MOST_LABELS = 6  # along the buckets of a histogram
@@ -29,29 +30,6 @@ _OVER_TIME = (  # attribute of a piece, title, unit
     ("prompt_tokens", "Prompt tokens per second", "tokens/s"),
     ("running", "Slots in use", "slots"),
 )
-
-
-def table(heads: Seq[str], lines: Seq[Seq[str]]) -> str:
-    """A table whose first column names its lines and whose others hold numbers."""
-    head = "".join(
-        f'<th scope="col"{_numeric(i)}>{text(name)}</th>' for i, name in enumerate(heads)
-    )
-    body = "".join(
-        f'<tr><th scope="row">{text(line[0])}</th>'
-        + "".join(f'<td class="n">{text(cell)}</td>' for cell in line[1:])
-        + "</tr>"
-        for line in lines
-    )
-    inside = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="wide"><table>{inside}</table></div>'
-
-
-def _numeric(column: int) -> str:
-    return ' class="n"' if column else ""
-
-
-def _details(label: str, inside: str) -> str:
-    return f"<details><summary>{label}</summary>{inside}</details>"
 
 
 def over_time(record: Mapping[str, Any]) -> Iterator[str]:
@@ -88,7 +66,7 @@ def over_time(record: Mapping[str, Any]) -> Iterator[str]:
         )
         chart = svg_charts.over_time(f"time-{name}", title, words, values, span, marks)
         yield f"<figure><figcaption><h3>{title}</h3></figcaption>{chart}</figure>"
-    yield _details("Figures over time", _time_table(pieces))
+    yield details("Figures over time", _time_table(pieces))
 
 
 def _time_table(pieces: Seq[Piece]) -> str:
@@ -172,7 +150,7 @@ def _histogram(
     )
     return (
         f"<figure><figcaption><h3>{title}</h3><p>number of rows</p></figcaption>{chart}"
-        + _details("Figures", table([title, "rows", "share"], lines))
+        + details("Figures", table([title, "rows", "share"], lines))
         + "</figure>"
     )
 

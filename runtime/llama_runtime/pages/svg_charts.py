@@ -12,12 +12,13 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from math import ceil
 
-from llama_runtime.batch.figures.page_text import clock, nice_step, nice_time, short, text
+from llama_runtime.pages.page_text import clock, nice_step, nice_time, short, text
 
 HEIGHT = 150  # of the plot, in CSS pixels; labels lie above and below
 TOP = 22
 _BELOW = 22
 _Y_TICKS = 4
+_LEAST = 1e-300  # of values: smaller ones have no round steps
 _X_TICKS = 6
 _LABEL_PERCENT = 10.0  # that the label of a mark takes of a narrow chart's width
 _EDGE_PERCENT = 4  # from an end, where labels don't lie across their place but on one side of it
@@ -54,10 +55,10 @@ class Axis:
         """The axis for values up to one.
 
         Args:
-            most: the largest value; 0 is as good as 1.
+            most: the largest value; 0, and what is hardly more, is as good as 1.
             whole: whether only whole numbers may have ticks.
         """
-        most = most or 1
+        most = most if most > _LEAST else 1
         step = nice_step(most, _Y_TICKS)
         step = max(1.0, step) if whole else step
         return cls(max(1, ceil(round(most / step, 9))) * step, step)
