@@ -16,13 +16,13 @@ import sys
 
 from llama_runtime import AsyncLLM, CaravanError, SamplingParams
 
-HOST, PORT = "127.0.0.1", 8765
+HOST = "127.0.0.1"
 PARAMS = SamplingParams(max_tokens=128)
 SECONDS = 60.0  # for a request, the time that it waits for a slot included
 
 
-async def main(bundle: str) -> None:
-    """Serve until SIGTERM or Ctrl-C."""
+async def main(bundle: str = "bundle", port: str = "8765") -> None:
+    """Serve until SIGTERM or Ctrl-C; port 0 takes one that is free."""
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
@@ -33,8 +33,8 @@ async def main(bundle: str) -> None:
                 await answer(llm, reader, writer)
             writer.close()
 
-        async with await asyncio.start_server(serve, HOST, PORT):
-            sys.stderr.write(f"listening on {HOST}:{PORT}\n")
+        async with await asyncio.start_server(serve, HOST, int(port)) as server:
+            print(f"listening on {HOST}:{server.sockets[0].getsockname()[1]}", flush=True)
             await stopped.wait()
             await llm.drain(timeout=SECONDS)
 
@@ -56,6 +56,6 @@ async def answer(llm: AsyncLLM, reader: asyncio.StreamReader, writer: asyncio.St
 
 if __name__ == "__main__":
     try:
-        asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "bundle"))
+        asyncio.run(main(*sys.argv[1:3]))
     except CaravanError as error:  # no bundle there, too little memory
         sys.exit(f"error: {error}")
