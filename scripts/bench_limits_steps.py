@@ -14,13 +14,14 @@ import numpy.typing as npt
 from llama_runtime import SamplingParams, open_bundle
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.backends.ort_sampler import OrtSampler
+from llama_runtime.bench.work import stored, weight_bytes
 from llama_runtime.contract import PROMPT_CHUNK, SAMPLER, SLOTS, cache_capacity
 from llama_runtime.loading import PROMPT_BUDGET
 from llama_runtime.slots_engine import slots_engine
 from llama_runtime.slots_precision import slots_cache_dtype
 from llama_runtime.step_batch import Step
 from llama_runtime.tokenizer import Tokenizer
-from scripts.bench_limits_work import cache_bytes, multiply_adds, stored, weight_bytes, weight_file
+from scripts.bench_limits_work import cache_bytes, multiply_adds, weight_file
 
 PROMPT_TOKENS = 32
 STEPS = 16  # of all sequences at once, in a round

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from llama_decoder.shapes import SHAPES
 from llama_decoder.weights import parameter_shapes
+from llama_runtime.bench.work import stored, weight_bytes
 from llama_runtime.bundle import open_bundle
 from llama_runtime.contract import Geometry
 from scripts import bench_limits_machine
@@ -22,7 +23,7 @@ from scripts.bench_limits import limit, shares
 from scripts.bench_limits_machine import float_product, multipliers, readers
 from scripts.bench_limits_memory import held
 from scripts.bench_limits_steps import PROMPT_TOKENS, STEPS, WARM_STEPS, Decoders, Round
-from scripts.bench_limits_work import cache_bytes, multiply_adds, stored, weight_bytes, weight_file
+from scripts.bench_limits_work import cache_bytes, multiply_adds, weight_file
 
 ROOT = Path(__file__).parents[2]
 
