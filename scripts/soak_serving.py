@@ -31,9 +31,9 @@ OPTIONS = (
 )
 SAMPLES = 360  # of what it holds; every 5 s of 30 minutes
 WARM_UP = 1 / 3  # of the time
-# A kilobyte kept of each request is 36 MB an hour at ten a second. Memory grows by some 40 MB in the
-# first ten thousand requests: compiled grammars, kept prefixes, pages of the cache that no sequence
-# had reached, and what the allocator keeps for each thread.
+# A kilobyte kept of each request is 36 MB an hour at ten a second. Memory grows by some 40 MB in
+# the first ten thousand requests: compiled grammars, kept prefixes, pages of the cache that no
+# sequence had reached, and what the allocator keeps for each thread.
 MOST_MB_AN_HOUR = 20.0
 LEAST_SECONDS = 60.0
 # Over the whole time, by the line. Descriptors follow the connections that are open.
