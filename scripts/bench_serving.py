@@ -24,6 +24,7 @@ from scripts.serving_process import LLAMA_RUN, Server, running
 MAX_LEN = 512
 PROMPT_TOKENS = 64
 ALONE = 15  # requests one by one, in a round
+_END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 ASKED_RATIO, ASKED_MILLISECONDS = 0.97, 5.0
 
 Times = list[float]  # when each token of a stream came, by the monotonic clock
@@ -53,6 +54,7 @@ async def _compared(server: Server, options: argparse.Namespace) -> None:
         max_len=MAX_LEN,
         threads=options.threads,
     )
+    streams = [await Stream.to(server.port) for _ in range(options.streams)]
     ratios, first, later, rates = [], [], [], []
     numbers = random.Random(0)
     async with llm:
@@ -69,12 +71,19 @@ async def _compared(server: Server, options: argparse.Namespace) -> None:
                 [_inside(llm, one, options.tokens) for one in prompts], options.tokens
             )
             outside = await _all_at_once(
-                [_outside(server, one, options.tokens) for one in prompts], options.tokens
+                [
+                    stream.ask(server.model, one, options.tokens)
+                    for stream, one in zip(streams, prompts, strict=True)
+                ],
+                options.tokens,
             )
             if not number:
                 continue
             waits = [
-                (await _wait(_inside(llm, one, 2)), await _wait(_outside(server, one, 2)))
+                (
+                    await _wait(_inside(llm, one, 2)),
+                    await _wait(streams[0].ask(server.model, one, 2)),
+                )
                 for one in alone
             ]
             ratios.append(outside[0] / inside[0])
@@ -123,33 +132,40 @@ async def _inside(llm: AsyncLLM, prompt: list[int], tokens: int) -> Times:
     return [time.monotonic() async for _ in llm.stream(prompt, params)]
 
 
-async def _outside(server: Server, prompt: list[int], tokens: int) -> Times:
-    body = {"model": server.model, "prompt": prompt, "max_tokens": tokens, "stream": True}
-    request = request_bytes(
-        "POST", "/v1/completions", body | {"temperature": 0, "ignore_eos": True}
-    )
-    loop = asyncio.get_running_loop()
-    _, reader = await loop.create_connection(lambda: _Reader(request), "127.0.0.1", server.port)
-    return await reader.done
+class Stream(asyncio.Protocol):
+    """A connection that is kept between requests, as clients keep theirs.
 
+    It notes when events come, and does as little else as it can: it shares the processor.
+    """
 
-class _Reader(asyncio.Protocol):
-    """Notes when events come, and does as little else as it can: it shares the processor."""
+    @classmethod
+    async def to(cls, port: int) -> Stream:
+        """One to a port of the loopback."""
+        loop = asyncio.get_running_loop()
+        _, made = await loop.create_connection(cls, "127.0.0.1", port)
+        return made
 
-    def __init__(self, request: bytes) -> None:
-        self._request = request
+    async def ask(self, model: str, prompt: list[int], tokens: int) -> Times:
+        """Have a prompt continued; when each event of it came."""
+        body = {"model": model, "prompt": prompt, "max_tokens": tokens, "stream": True}
+        body |= {"temperature": 0, "ignore_eos": True}
         self._times: Times = []
-        self.done: asyncio.Future[Times] = asyncio.get_running_loop().create_future()
+        self._end = b""
+        self._done: asyncio.Future[Times] = asyncio.get_running_loop().create_future()
+        self._transport.write(request_bytes("POST", "/v1/completions", body, keep=True))
+        return await self._done
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See ``asyncio.Protocol``."""
         assert isinstance(transport, asyncio.Transport)
-        transport.write(self._request)
+        self._transport = transport
 
     def data_received(self, data: bytes) -> None:
+        """See ``asyncio.Protocol``."""
         self._times += data.count(b"data: {") * [time.monotonic()]
-
-    def connection_lost(self, _exc: Exception | None) -> None:
-        self.done.set_result(self._times)
+        self._end = (self._end + data)[-len(_END) :]
+        if self._end == _END:
+            self._done.set_result(self._times)
 
 
 if __name__ == "__main__":
