@@ -53,21 +53,32 @@ def main() -> None:
     by_length = sorted(rows, key=lambda row: len(row["prompt"]) + 5 * row["max_tokens"])
     ratios, sorted_ratios, shares, found = [], [], [], []
     encoder = PromptEncoder(open_bundle(options.bundle))
-    with LLM(encoder, max_batch=MAX_BATCH, max_len=MAX_LEN, threads=options.threads) as llm:
+    # Without kept prefixes: the rows of one run would spare the next some work, by their order.
+    with LLM(
+        encoder,
+        max_batch=MAX_BATCH,
+        max_len=MAX_LEN,
+        prefix_tokens=0,
+        threads=options.threads,
+    ) as llm:
         llm.warm_up()
         steps = _Steps(llm)
         for number in range(options.rounds + 1):  # the first one warms up
+            start = steps.number
             plain, plain_own = steps.beside(lambda: _generate(llm, rows))
+            middle = steps.number
             job, job_own = steps.beside(lambda: _run_job(llm, encoder, rows))
+            plain_steps, job_steps = middle - start, steps.number - middle
             in_order = seconds(lambda: _run_job(llm, encoder, by_length))
             if number:
                 ratios.append(job / plain)
                 shares.append((job_own - plain_own) / plain)
                 sorted_ratios.append(in_order / job)
-                found.append((plain, plain_own, job, job_own, in_order))
+                found.append((plain, plain_own, plain_steps, job, job_own, job_steps, in_order))
                 print(
-                    f"LLM.generate {plain:6.2f} s, {plain_own:.3f} of them beside its steps; the "
-                    f"job {job:6.2f} s, {job_own:.3f} of them; {job / plain:.3f} times, and "
+                    f"LLM.generate {plain:6.2f} s, {plain_own:.3f} of them beside its "
+                    f"{plain_steps} steps; the job {job:6.2f} s, {job_own:.3f} of them beside its "
+                    f"{job_steps}; {job / plain:.3f} times, and "
                     f"{100 * shares[-1]:+.2f} % beside the steps; by length {in_order:6.2f} s"
                 )
     ratio = median(ratios)
@@ -116,6 +127,14 @@ class _Steps:
             self._inside += time.perf_counter() - began
 
         engine.wait = timed  # type: ignore[method-assign]
+        self.number = 0
+        step = engine._step
+
+        def counted() -> None:
+            self.number += 1
+            step()
+
+        engine._step = counted  # type: ignore[method-assign]
 
     def beside(self, work: Callable[[], float]) -> tuple[float, float]:
         """Seconds of a call, and how many of them were no steps.
