@@ -55,7 +55,7 @@ def test_results_that_wait_for_a_slow_row_are_bounded(
     path = tmp_path / "out.jsonl"
     form = PromptFormat(recipe_of(fake_llm), is_object=True)
     rows, ledger = Rows(bad, limit=1000), Ledger(form, path)
-    ledger.window = 32
+    ledger.window = 8  # which fills while the first row runs, also where rows are read slowly
     waiting: list[int] = []
     ahead: list[int] = []
 

@@ -101,9 +101,9 @@ def test_tables_count_a_row_a_token_and_matrices_as_a_whole(tmp_path: Path) -> N
 def test_memory_that_was_held_shows_in_the_peak() -> None:
     peak_memory.reset()
     before = peak_memory.peak_bytes()
-    held = np.ones(2**24, np.uint8)
+    held = np.ones(2**27, np.uint8)  # too large for what the allocator keeps
     del held
     after = peak_memory.peak_bytes()
     assert before is not None
     assert after is not None
-    assert after - before > 2**23
+    assert after - before > 2**26
