@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -137,7 +138,9 @@ def test_ways_compute_what_they_are_timed_for(monkeypatch: pytest.MonkeyPatch) -
 
 def test_held_memory_is_what_a_process_takes() -> None:
     before = held()
-    block = np.ones(2**27, np.uint8)  # too large for what the allocator keeps
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # nothing that the allocator has kept
+    block = np.frombuffer(mmap.mmap(-1, 2**27, flags=private), np.uint8)
+    block[:] = 1
     after = held()
     assert after["own"] - before["own"] >= 0.9 * block.nbytes
     del block
