@@ -8,8 +8,9 @@ from functools import partial
 from types import TracebackType
 
 from llama_runtime.admission import Accepted, Ticket
-from llama_runtime.async_calls import Deadline, Mailbox, Source, call_soon, encoded
+from llama_runtime.async_calls import Deadline, Source, encoded
 from llama_runtime.events import TokenEvent
+from llama_runtime.mailbox import Mailbox, call_soon
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import Sequence, TokenLogprob
 from llama_runtime.worker import Worker

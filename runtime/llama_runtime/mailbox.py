@@ -1,0 +1,88 @@
+"""How the worker's thread tells an event loop what happened."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from weakref import WeakKeyDictionary, ref
+
+from llama_runtime.admission import Message
+
+Letter = tuple[int, Message | TimeoutError]  # the request that it is about, and what is said of it
+
+
+class Delivery:
+    """Takes letters of other threads to the queues of a loop, many with one waking of the loop.
+
+    A step has an event for each slot. To wake the loop for each would cost a system call each, in
+    which the thread that steps loses the interpreter to the loop, and waits for it to come back.
+
+    Args:
+        loop: that reads the queues.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = ref(loop)  # which ends when its last task does
+        self._bag: deque[tuple[asyncio.Queue[Letter], Letter]] = deque()
+        self._is_due = False  # the loop will come for the bag, and hasn't begun to empty it
+
+    @staticmethod
+    def here() -> Delivery:
+        """That of the running loop."""
+        loop = asyncio.get_running_loop()
+        with _deliveries_lock:
+            return _deliveries.setdefault(loop, Delivery(loop))
+
+    def put(self, queue: asyncio.Queue[Letter], letter: Letter) -> bool:
+        """Take a letter to a queue, in any thread; False if the loop is closed."""
+        loop = self._loop()
+        if loop is None or loop.is_closed():
+            return False
+        self._bag.append((queue, letter))
+        if self._is_due:
+            return True
+        self._is_due = True
+        return call_soon(loop, self._empty)
+
+    def _empty(self) -> None:
+        self._is_due = False  # first: what comes from now on has the loop come again
+        while self._bag:
+            queue, letter = self._bag.popleft()
+            queue.put_nowait(letter)
+
+
+# Loops come and go, in any thread.
+_deliveries: WeakKeyDictionary[asyncio.AbstractEventLoop, Delivery] = WeakKeyDictionary()
+_deliveries_lock = threading.Lock()
+
+
+class Mailbox:
+    """Messages about some requests, put there by other threads and read on the loop that made it.
+
+    It doesn't know who reads it, so the worker keeps no stream from being collected as garbage.
+    """
+
+    def __init__(self) -> None:
+        self._delivery = Delivery.here()
+        self._queue: asyncio.Queue[Letter] = asyncio.Queue()
+
+    async def get(self) -> Letter:
+        """The next message, and the request that it is about."""
+        return await self._queue.get()
+
+    def post(self, request: int, message: Message | TimeoutError) -> bool:
+        """Leave a message about a request; False if the loop is closed."""
+        return self._delivery.put(self._queue, (request, message))
+
+
+def call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> bool:
+    """Have a loop of any thread call something; False if it is closed."""
+    try:
+        loop.call_soon_threadsafe(call)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
+        return False
+    return True
