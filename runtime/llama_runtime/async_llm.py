@@ -29,7 +29,8 @@ from llama_runtime.arguments import (
     params_of_each,
     wrong_type,
 )
-from llama_runtime.async_calls import Call, Deadline, Item, Source, settled
+from llama_runtime.async_calls import Call, Item, settled
+from llama_runtime.async_request import AsyncRequest, Deadline, Source
 from llama_runtime.async_stream import AsyncStream
 from llama_runtime.completion import Completion, Prompt
 from llama_runtime.loading import load
@@ -184,7 +185,6 @@ class AsyncLLM:
         *,
         timeout: float | None = None,
         max_wait: float | None = None,
-        streamed: bool = True,
     ) -> AsyncStream:
         """Continue one raw prompt, an event a token.
 
@@ -194,8 +194,6 @@ class AsyncLLM:
             timeout: seconds from this call on, in the queue too, after which the slot is given
                 back and ``TimeoutError`` raised.
             max_wait: seconds from this call on after which the same happens if it has had no slot.
-            streamed: whether somebody reads the tokens as they come. If so, the steps that compute
-                others' prompts are short while it runs.
 
         Returns:
             An asynchronous iterator. It begins when the first event is asked for, and what is wrong
@@ -204,7 +202,34 @@ class AsyncLLM:
         Raises:
             RequestError: the prompt, ``params``, ``timeout`` or ``max_wait`` is of a wrong type.
         """
-        return self._stream(prompt, self._source, params, timeout, max_wait, streamed=streamed)
+        return AsyncStream(self.request(prompt, params, timeout=timeout, max_wait=max_wait), self)
+
+    def request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        max_wait: float | None = None,
+        streamed: bool = True,
+    ) -> AsyncRequest:
+        """One raw prompt for those who read the messages of several requests from one mailbox.
+
+        Args:
+            prompt: as for ``stream``.
+            params: as for ``stream``.
+            timeout: as for ``stream``.
+            max_wait: as for ``stream``.
+            streamed: whether somebody reads the tokens as they come. If so, the steps that compute
+                others' prompts are short while it runs.
+
+        Returns:
+            A request that is yet to begin.
+
+        Raises:
+            RequestError: as for ``stream``.
+        """
+        return self._request(prompt, self._source, params, timeout, max_wait, streamed=streamed)
 
     def stream_chat(
         self,
@@ -234,7 +259,7 @@ class AsyncLLM:
         params = self.default_params if params is None else params
         if not isinstance(params, SamplingParams):
             raise wrong_type("params", "SamplingParams", params)
-        return self._stream(messages, source, use.hold(params), timeout)
+        return AsyncStream(self._request(messages, source, use.hold(params), timeout), self)
 
     async def generate(
         self,
@@ -381,7 +406,7 @@ class AsyncLLM:
     ) -> None:
         await self.close()
 
-    def _stream(
+    def _request(
         self,
         item: Item,
         source: Callable[[Item, SamplingParams], Source],
@@ -390,13 +415,17 @@ class AsyncLLM:
         max_wait: float | None = None,
         *,
         streamed: bool = True,
-    ) -> AsyncStream:
+    ) -> AsyncRequest:
         params = self.default_params if params is None else params
         if not isinstance(params, SamplingParams):
             raise wrong_type("params", "SamplingParams", params)
-        prompt, turn = source(item, params), Deadline(max_wait, "max_wait")
-        return AsyncStream(
-            self._worker, prompt, params, Deadline(timeout), self, turn=turn, streamed=streamed
+        return AsyncRequest(
+            self._worker,
+            source(item, params),
+            params,
+            deadline=Deadline(timeout),
+            turn=Deadline(max_wait, "max_wait"),
+            streamed=streamed,
         )
 
     async def _gather(

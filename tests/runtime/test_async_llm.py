@@ -32,7 +32,9 @@ from llama_runtime.errors import (
     QueueFullError,
     RequestError,
 )
+from llama_runtime.events import TokenEvent
 from llama_runtime.llm import LLM
+from llama_runtime.mailbox import Mailbox
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import Sequence
 from tests.watched_backend import PATIENCE, Watched, wait_for
@@ -169,7 +171,7 @@ def test_a_stream_has_the_events_the_seed_and_the_text_of_its_completion(
 def test_defaults_are_the_bundles(backends: list[Watched], raw_bundle: Path) -> None:
     async def main() -> None:
         async with await AsyncLLM.load(raw_bundle, max_batch=1, threads=1) as llm:
-            assert llm.stream("a")._params == llm.default_params
+            assert llm.request("a").params == llm.default_params
             assert llm.default_params.temperature == 0.5
             assert not llm.has_chat_template
             with pytest.raises(RequestError, match="no chat template"):
@@ -437,7 +439,7 @@ async def leave(two: Setup, way: str) -> tuple[Sequence, AsyncStream | None]:
     """Begin a stream and give it up; its sequence, and the stream if a name still refers to it."""
     stream = two.llm.stream("a", LONG, timeout=0.05 if way == "timeout" else None)
     await stream.start()
-    (seq,) = stream._sequences
+    (seq,) = stream.sequences
     if way == "break":
         async for _ in stream:
             return seq, None
@@ -468,6 +470,36 @@ async def leave(two: Setup, way: str) -> tuple[Sequence, AsyncStream | None]:
 
 def ended(seq: Sequence) -> bool:
     return seq.finish_reason is not None
+
+
+def test_who_waits_for_an_event_hears_that_another_task_closed_the_stream(two: Setup) -> None:
+    async def main() -> None:
+        (first, second) = await hung(two)
+        task = asyncio.create_task(tokens(first))
+        await asyncio.sleep(0.01)
+        await first.aclose()
+        assert len(await task) < 150
+        two.backend.go_on()
+        assert len(await tokens(second)) == 150
+
+    run(main)
+
+
+def test_nothing_follows_the_end_of_a_request(two: Setup) -> None:
+    async def main() -> None:
+        mailbox, request = Mailbox(), two.llm.request("a", TEN)
+        await request.begin(mailbox)
+        events: list[TokenEvent] = []
+        while not request.ended:
+            await mailbox.wait()
+            while (letter := mailbox.take()) is not None:
+                event = request.take(letter[1])
+                events += [] if event is None else [event]
+        assert len(events) == 10
+        assert request.take(TimeoutError("its time was up just then")) is None
+        assert request.take(events[0]) is None
+
+    run(main)
 
 
 def test_a_stream_that_ended_leaves_nothing_on_its_loop(two: Setup) -> None:

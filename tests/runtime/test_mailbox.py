@@ -32,7 +32,9 @@ def test_what_is_told_at_once_wakes_the_loop_once_and_keeps_its_order() -> None:
                 thread.join()  # the loop waits, as for the interpreter
             assert woken.call_count == 1
             for box in boxes:
-                assert [(await box.get())[1] for _ in EVENTS] == EVENTS
+                await box.wait()
+                assert [box.take() for _ in EVENTS] == [(0, event) for event in EVENTS]
+                assert box.take() is None
 
     asyncio.run(asyncio.wait_for(main(), 10))
 
@@ -43,3 +45,16 @@ def test_a_closed_loop_is_told_nothing() -> None:
 
     box: Any = asyncio.run(main())
     assert not box.post(0, EVENTS[0])
+
+
+def test_who_waits_is_woken_by_a_letter_or_a_stir() -> None:
+    async def main() -> None:
+        box = Mailbox()
+        for stir in (False, True):
+            waiting = [asyncio.create_task(box.wait()) for _ in range(2)]
+            await asyncio.sleep(0)
+            box.stir() if stir else box.post(1, EVENTS[0])
+            await asyncio.gather(*waiting)
+            assert box.take() == (None if stir else (1, EVENTS[0]))
+
+    asyncio.run(asyncio.wait_for(main(), 10))

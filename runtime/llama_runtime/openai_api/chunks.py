@@ -9,6 +9,7 @@ Source: the chunk types of the ``openai`` package, with which the tests read the
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -26,11 +27,14 @@ from llama_runtime.openai_api.responses import Head, usage_body
 from llama_runtime.sequence import TokenLogprob
 from llama_runtime.tool_calls import settled_content
 
-Chunk = dict[str, object]
+# ASCII, since some readers of events take other characters for line ends.
+encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class Chunks:
-    """The chunks of one call, from the events of its sequences.
+    """The chunks of one call as JSON, from the events of its sequences.
+
+    What all chunks begin with becomes JSON once: that is most of a chunk, and of the time it takes.
 
     Args:
         prepared: the call.
@@ -43,14 +47,16 @@ class Chunks:
     def __init__(self, prepared: Prepared, head: Head) -> None:
         self._prepared = prepared
         is_chat = prepared.request.kind == "chat"
-        self._head = head.body("chat.completion.chunk" if is_chat else "text_completion")
+        fields = head.body("chat.completion.chunk" if is_chat else "text_completion")
+        self._head = encode(fields).removesuffix("}") + ',"choices":['
         self._shows_usage = prepared.request.include_usage
+        self._tail = '],"usage":null}' if self._shows_usage else "]}"
         self._choices: dict[tuple[int, int], _ChatChoice | _CompletionChoice] = {}
         self.num_generated = 0
 
     def take(
         self, number: int, event: TokenEvent, prompt_logprobs: list[TokenLogprob | None]
-    ) -> Iterator[Chunk]:
+    ) -> Iterator[str]:
         """The chunks that an event makes, if any.
 
         Args:
@@ -67,7 +73,7 @@ class Chunks:
         for part in choice.take(event):
             yield self._chunk(number, event.sample, part)
 
-    def end(self, reused: int | None = None) -> Iterator[Chunk]:
+    def end(self, reused: int | None = None) -> Iterator[str]:
         """The chunks after all choices: the usage, if it was asked for.
 
         Args:
@@ -75,17 +81,16 @@ class Chunks:
         """
         if self._shows_usage:
             usage = usage_body(self._prepared, self.num_generated, reused)
-            yield self._head | {"choices": [], "usage": usage}
+            yield f'{self._head}],"usage":{encode(usage)}}}'
 
     def _begun(self, number: int) -> _ChatChoice | _CompletionChoice:
         if self._prepared.request.kind == "chat":
             return _ChatChoice(self._prepared)
         return _CompletionChoice(self._prepared, number)
 
-    def _chunk(self, number: int, sample: int, part: dict[str, Any]) -> Chunk:
+    def _chunk(self, number: int, sample: int, part: dict[str, Any]) -> str:
         index = number * self._prepared.params.n + sample
-        chunk = self._head | {"choices": [{"index": index, **part}]}
-        return chunk | {"usage": None} if self._shows_usage else chunk
+        return self._head + encode({"index": index, **part}) + self._tail
 
 
 class _ChatChoice:

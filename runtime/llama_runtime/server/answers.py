@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 from starlette.types import Receive, Scope, Send
 
-from llama_runtime.async_calls import Deadline
 from llama_runtime.async_llm import AsyncLLM
+from llama_runtime.async_request import Deadline
 from llama_runtime.openai_api import ApiRequest, Chunks, Head, Prepared, answer_body
+from llama_runtime.openai_api.chunks import encode
 from llama_runtime.params import SamplingParams
 from llama_runtime.server.connection import parse_json, read_body, while_connected
 from llama_runtime.server.failures import failure
@@ -32,7 +32,6 @@ _STREAM_HEADERS = [
     (b"x-accel-buffering", b"no"),  # nginx would collect it first
 ]
 _QUICK_TOKENS = 500  # which are written in a few milliseconds, log-probabilities included
-_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 _PING = b": waiting\n\n"
 _DONE = b"data: [DONE]\n\n"
 
@@ -152,7 +151,7 @@ class Answers:
         except Exception as error:
             said = failure(error, self._service.refusal)
             record.error = said.code or said.kind
-            return _event(said.body)
+            return _event(encode(said.body))
 
 
 def _note(record: RequestRecord, progress: Progress) -> None:
@@ -163,6 +162,6 @@ def _note(record: RequestRecord, progress: Progress) -> None:
         record.finish_reasons.append(event.finish_reason)
 
 
-def _event(body: Mapping[str, object]) -> bytes:
-    """An event of a stream; ASCII, since some readers take other characters for line ends."""
-    return b"data: " + _encode(body).encode() + b"\n\n"
+def _event(data: str) -> bytes:
+    """An event of a stream, of one line of data."""
+    return b"data: " + data.encode() + b"\n\n"

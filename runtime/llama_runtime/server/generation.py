@@ -6,21 +6,20 @@ import asyncio
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Union
+from typing import NamedTuple
 
-from llama_runtime.async_calls import RETRY_SECONDS, Deadline
+from llama_runtime.admission import Message
+from llama_runtime.async_calls import RETRY_SECONDS
 from llama_runtime.async_llm import AsyncLLM
-from llama_runtime.async_stream import AsyncStream
+from llama_runtime.async_request import AsyncRequest, Deadline
 from llama_runtime.completion import Completion
 from llama_runtime.errors import CaravanError, QueueFullError
 from llama_runtime.events import TokenEvent
+from llama_runtime.mailbox import Mailbox
 from llama_runtime.openai_api import Prepared
 from llama_runtime.sequence import TokenLogprob
 from llama_runtime.server.metrics import Course, Tally
 from llama_runtime.server.page_activity import Call
-
-# What the tasks of the prompts tell: that one has ended, too. "quiet" says that nothing happened.
-_Event = Union["Progress", Exception, Literal["ended", "quiet"]]
 
 _LEAST_TIMEOUT = 1e-6  # seconds: what has none left is told so by the engine
 
@@ -60,14 +59,14 @@ class Generation:
         self._deadline = deadline
         self._call = call
         self._tally = tally
-        self._courses: list[Course] = []
         self._params = prepared.params
         if len(prepared.prompts) > 1:
             self._params = replace(prepared.params, caller=call.id)
-        self._events: asyncio.Queue[_Event] = asyncio.Queue()
-        self._error: Exception | None = None
+        self._mailbox = Mailbox()
+        self._running: dict[int, tuple[AsyncRequest, Course]] = {}
         self._window = asyncio.Semaphore(2 * llm.max_batch)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._others: asyncio.Task[None] | None = None  # which begins the prompts after the first
+        self._error: Exception | None = None
         self._num_left = len(prepared.prompts)
         self._num_reused = 0
         self._reminder: asyncio.TimerHandle | None = None
@@ -98,19 +97,19 @@ class Generation:
             CaravanError: the prompt or a parameter is wrong, or the engine takes none.
         """
         self._max_wait = max_wait
-        first, course = self._stream(0), self._course()
         try:
-            await first.start(submitted)
+            await self._begin(0)
         except CaravanError as error:
-            explained = self._prepared.explained(error, 0)
-            if explained is error:
-                raise
-            raise explained from error
-        course.accepted(first.sequences)
-        self._courses.append(course)
-        self._tasks.append(asyncio.create_task(self._follow(0, first, course)))
-        for number in range(1, len(self._prepared.prompts)):
-            self._tasks.append(asyncio.create_task(self._run(number)))
+            self._fail(0, error)
+        else:
+            submitted()
+            while (letter := self._mailbox.take()) is None:
+                await self._mailbox.wait()
+            self._take(*letter)
+        if self._error is not None:
+            raise self._error
+        if len(self._prepared.prompts) > 1:
+            self._others = asyncio.create_task(self._begin_others())
 
     async def some(self, timeout: float | None = None) -> list[Progress]:
         """What has happened since; waits until something has.
@@ -125,35 +124,34 @@ class Generation:
             CaravanError: a prompt ended with an error, said of the body.
             TimeoutError: the deadline has passed, or a prompt waited too long for a slot.
         """
-        if self._error is not None:
-            raise self._error
         found: list[Progress] = []
-        if timeout is not None and self._events.empty():
+        if timeout is not None:
             self._be_reminded(timeout)
-        taken = await self._events.get()
-        while True:
-            if isinstance(taken, Exception):
-                if not found:
-                    raise taken
-                self._error = taken  # what came before it is true
-                return found
-            if taken == "ended":
-                self._num_left -= 1
-            elif taken != "quiet":
-                found.append(taken)
-            if self._events.empty():
-                return found
-            taken = self._events.get_nowait()
+        while not (found or self.done or self._error):
+            await self._mailbox.wait()
+            letter = self._mailbox.take()
+            if letter is None:
+                break  # the time is up, or a prompt couldn't begin
+            while letter is not None and self._error is None:
+                if (progress := self._take(*letter)) is not None:
+                    found.append(progress)
+                letter = self._mailbox.take()
+        if self._error is not None and not found:  # what came before it is true
+            raise self._error
+        return found
 
     async def close(self) -> None:
         """Give back what still runs."""
         if self._reminder is not None:
             self._reminder.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for course in self._courses:
+        if self._others is not None:
+            self._others.cancel()
+            await asyncio.gather(self._others, return_exceptions=True)
+        for request, course in self._running.values():
+            request.end()
             course.end()
+            self._call.requests.discard(request)
+        self._running.clear()
 
     def _be_reminded(self, seconds: float) -> None:
         """Hear of it when nothing has happened for so long; a timer for each event costs more."""
@@ -166,61 +164,70 @@ class Generation:
         self._reminder = None
         if loop.time() < self._reminder_due:
             self._reminder = loop.call_at(self._reminder_due, self._remind, loop)
-        elif self._events.empty():
-            self._events.put_nowait("quiet")
+        else:
+            self._mailbox.stir()
 
-    async def _run(self, number: int) -> None:
-        """A prompt after the first, from when there is room for it."""
-        try:
-            async with self._window:
-                await self._follow(number, *await self._started(number))
-        except (CaravanError, TimeoutError) as error:
-            self._fail(number, error)
-
-    async def _started(self, number: int) -> tuple[AsyncStream, Course]:
-        while True:
-            stream, course = self._stream(number), self._course()
+    async def _begin_others(self) -> None:
+        """The prompts after the first, each when there is room for it."""
+        for number in range(1, len(self._prepared.prompts)):
+            await self._window.acquire()
             try:
-                await stream.start()
+                await self._begin_patiently(number)
+            except (CaravanError, TimeoutError) as error:
+                self._fail(number, error)
+                self._mailbox.stir()
+                return
+
+    async def _begin_patiently(self, number: int) -> None:
+        while True:
+            try:
+                return await self._begin(number)
             except QueueFullError:
                 if self._deadline.left == 0:
                     raise self._deadline.error() from None
                 await asyncio.sleep(RETRY_SECONDS)
-                continue
-            course.accepted(stream.sequences)
-            self._courses.append(course)
-            return stream, course
 
-    def _course(self) -> Course:
-        return Course(self._tally, self._call.started, self._params)
-
-    async def _follow(self, number: int, stream: AsyncStream, course: Course) -> None:
-        try:
-            async with stream:
-                with self._call.running(stream):
-                    async for event in stream:
-                        course.take(event)
-                        self._events.put_nowait(Progress(number, event, stream.prompt_logprobs))
-            self._num_reused += min(seq.num_reused for seq in stream.sequences)
-            self._events.put_nowait("ended")
-        except (CaravanError, TimeoutError) as error:
-            course.end(error)
-            self._fail(number, error)
-
-    def _fail(self, number: int, error: Exception) -> None:
-        if isinstance(error, CaravanError):
-            error = self._prepared.explained(error, number)
-        self._events.put_nowait(error)
-
-    def _stream(self, number: int) -> AsyncStream:
+    async def _begin(self, number: int) -> None:
         left = self._deadline.left
-        return self._llm.stream(
+        course = Course(self._tally, self._call.started, self._params)
+        request = self._llm.request(
             self._prepared.prompts[number],
             self._params,
             timeout=None if left is None else max(left, _LEAST_TIMEOUT),
             max_wait=self._max_wait,
             streamed=self._prepared.request.stream,
         )
+        await request.begin(self._mailbox, number)
+        self._running[number] = request, course
+        self._call.requests.add(request)
+
+    def _take(self, number: int, message: Message | TimeoutError) -> Progress | None:
+        """Take a message about a prompt; the event that it is, if it is one."""
+        if number not in self._running:
+            return None  # its time was up just as it ended
+        request, course = self._running[number]
+        try:
+            event = request.take(message)
+        except (CaravanError, TimeoutError) as error:
+            course.end(error)
+            self._fail(number, error)
+            return None
+        if event is None:
+            course.accepted(request.sequences)
+            return None
+        course.take(event)
+        if request.ended:
+            del self._running[number]
+            self._call.requests.discard(request)
+            self._window.release()
+            self._num_left -= 1
+            self._num_reused += min(seq.num_reused for seq in request.sequences)
+        return Progress(number, event, request.prompt_logprobs)
+
+    def _fail(self, number: int, error: Exception) -> None:
+        if isinstance(error, CaravanError):
+            error = self._prepared.explained(error, number)
+        self._error = error
 
 
 @dataclass(slots=True)

@@ -7,11 +7,10 @@ on while they are read: each number is true by itself, and nobody waits for a st
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
 
 from llama_runtime import sequence
-from llama_runtime.async_stream import AsyncStream
+from llama_runtime.async_request import AsyncRequest
 from llama_runtime.server.request_log import RequestRecord
 
 
@@ -24,13 +23,14 @@ class Call:
 
     Attributes:
         id: of the request.
+        requests: its prompts that wait or run.
     """
 
     def __init__(self, record: RequestRecord, activity: Activity) -> None:
         self.id = record.id
         self._record = record
         self._activity = activity
-        self._streams: set[AsyncStream] = set()
+        self.requests: set[AsyncRequest] = set()
 
     @property
     def started(self) -> float:
@@ -45,17 +45,8 @@ class Call:
     @property
     def sequences(self) -> Iterator[sequence.Sequence]:
         """Those that wait or run."""
-        found = chain.from_iterable(stream.sequences for stream in self._streams)
+        found = chain.from_iterable(request.sequences for request in self.requests)
         return (seq for seq in found if seq.finish_reason is None)
-
-    @contextmanager
-    def running(self, stream: AsyncStream) -> Iterator[None]:
-        """Show the sequences of a prompt inside."""
-        self._streams.add(stream)
-        try:
-            yield
-        finally:
-            self._streams.discard(stream)
 
 
 class Activity:

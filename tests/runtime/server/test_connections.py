@@ -99,9 +99,9 @@ def test_a_thousand_idle_connections_leave_others_unharmed(roomy: Path, stack: E
 
 def test_the_connection_that_has_waited_longest_makes_room(roomy: Path, stack: ExitStack) -> None:
     with serving(roomy, max_connections=3) as server:
-        kept, silent, half = (
+        silent, half, kept = (  # they are accepted in this order, and answered after it
             opened(server, stack, data)
-            for data in (KEPT, b"", b"POST /v1/completions HTTP/1.1\r\n")
+            for data in (b"", b"POST /v1/completions HTTP/1.1\r\n", KEPT)
         )
         assert status_of(kept) == 200
         kept.sendall(KEPT)  # so that it has waited the least

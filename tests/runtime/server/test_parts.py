@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from llama_runtime.async_calls import Deadline
+from llama_runtime.admission import Accepted, Deliver, Ticket
+from llama_runtime.async_request import AsyncRequest, Deadline
 from llama_runtime.bundle import open_bundle
 from llama_runtime.errors import BackendError, RequestError
 from llama_runtime.events import TokenEvent
-from llama_runtime.openai_api import Prepared, parse_completion
+from llama_runtime.openai_api import parse_completion
 from llama_runtime.params import SamplingParams
 from llama_runtime.prompt_encoder import PromptEncoder
 from llama_runtime.server import ServerSettings
@@ -64,21 +65,39 @@ def test_who_hangs_up_is_told_from_who_is_cancelled() -> None:
     asyncio.run(main())
 
 
-@pytest.fixture
-def prepared(fake_bundle: Path) -> Prepared:
-    request = parse_completion({"model": "m", "prompt": ["a", "b"]}, SamplingParams())
-    return request.prepared(PromptEncoder(open_bundle(fake_bundle)))
+class Silent:
+    """A worker that accepts a request and says no more of it."""
+
+    forked = False
+
+    def admit(self, deliver: Deliver, _within: None, *, streamed: bool) -> Ticket:
+        return Ticket(deliver, streamed=streamed)
+
+    def submit(self, ticket: Ticket, _token_ids: list[int], _params: SamplingParams) -> None:
+        seq: Any = SimpleNamespace(id=1, prompt_logprobs=[])
+        assert ticket.tell(Accepted((seq,)))
+
+    def cancel(self, ticket: Ticket) -> None:
+        ticket.ended = True
 
 
-def test_what_came_before_an_error_is_given_out_before_it(prepared: Prepared) -> None:
+def test_what_came_before_an_error_is_given_out_before_it(fake_bundle: Path) -> None:
+    worker: Any = Silent()
+
+    def request(prompt: list[int], params: SamplingParams, **_: object) -> AsyncRequest:
+        return AsyncRequest(worker, prompt, params)
+
     async def main() -> None:
-        llm: Any = SimpleNamespace(max_batch=2)
+        llm: Any = SimpleNamespace(max_batch=2, request=request)
         call = Activity().enter(RequestRecord(id="name", method="POST", path="/"))
+        asked = parse_completion({"model": "m", "prompt": "a"}, SamplingParams())
+        prepared = asked.prepared(PromptEncoder(open_bundle(fake_bundle)))
         generation = Generation(llm, prepared, Deadline(None), call, Tally())
-        event = Progress(0, TokenEvent(1, 5, "a"), [])
-        for happened in (event, "ended", BackendError("the graph failed"), event):
-            generation._events.put_nowait(happened)
-        assert await generation.some() == [event]
+        await generation.start(None, lambda: None)
+        event = TokenEvent(1, 5, "a")
+        for message in (event, BackendError("the graph failed"), event):
+            generation._mailbox.post(0, message)
+        assert await generation.some() == [Progress(0, event, [])]
         for _ in range(2):
             with pytest.raises(BackendError):
                 await generation.some()
