@@ -11,17 +11,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from llama_export.host_products import (
-    constant,
-    drop_unused,
-    embeddings,
-    initializer,
-    is_table,
-    like,
-    node,
-    products,
-    replace,
-)
+from llama_decoder.names import EMBEDDING
+from llama_export.graph_edits import constant, drop_unused, initializer, like, node, replace
+from llama_export.host_products import Product, embeddings, products
 from llama_export.host_weights import BlockWeights
 from llama_export.weight_file import Stored
 
@@ -40,57 +32,70 @@ def quantise_blocks(model: ir.Model, weights: BlockWeights) -> int:
     """
     changed, block_sums = 0, _BlockSums(model, weights.block)
     for product in list(products(model)):
-        codes, scales, zero_points = _initializers(model, weights, product.parameter, product.twin)
-        rows, columns = weights.shapes[product.parameter]
-        sizes = {
-            "K": columns,
-            "N": rows,
-            "bits": weights.bits(product.parameter),
-            "block_size": weights.block,
-            "accuracy_level": 4,
-        }
-        nodes: list[ir.Node] = []
-        result = like(product.gemm.outputs[0])
-        last, residual = result, product.residual
-        offsets = weights.offsets_name(product.parameter)
-        if residual is not None or offsets is not None:
-            last = ir.Value(name=f"{result.name}.product", type=result.type, shape=result.shape)
-        nodes.append(
-            ir.Node(
-                "com.microsoft",
-                "MatMulNBits",
-                [product.rows, codes, scales, zero_points],
-                [ir.AttrInt64(name, size) for name, size in sizes.items()],
-                outputs=[last],
-                name=product.gemm.name,
-            )
-        )
-        if offsets is not None:
-            sums = block_sums.of(product.rows, columns // weights.block, nodes)
-            matrix = initializer(model, offsets, weights.layout[offsets])
-            whole = result
-            if residual is not None:
-                whole = ir.Value(name=f"{result.name}.whole", type=result.type, shape=result.shape)
-            nodes.append(ir.Node("", "Gemm", [sums, matrix, last], outputs=[whole]))
-            last = whole
-        if residual is not None:
-            nodes.append(ir.Node("", "Add", [last, residual], outputs=[result]))
-        replace(model, product.gemm, nodes, result)
+        _multiply(model, weights, product, block_sums)
         changed += 1
-    for gather, name in embeddings(model):
-        codes, scales, zero_points = _initializers(model, weights, name)
-        result = like(gather.outputs[0])
-        sizes = {"bits": 8, "block_size": weights.block, "gather_axis": 0, "quantize_axis": 1}
-        node = ir.Node(
-            "com.microsoft",
-            "GatherBlockQuantized",
-            [codes, gather.inputs[1], scales, zero_points],
-            [ir.AttrInt64(name, size) for name, size in sizes.items()],
-            outputs=[result],
-        )
-        replace(model, gather, [node], result)
+    for gather, parameter in embeddings(model):
+        _look_up(model, weights, gather, parameter)
     drop_unused(model)
     return changed
+
+
+def _multiply(
+    model: ir.Model, weights: BlockWeights, product: Product, block_sums: _BlockSums
+) -> None:
+    """MatMulNBits, then what the offsets of the blocks add, then the residual."""
+    rows, columns = weights.shapes[product.parameter]
+    sizes = {
+        "K": columns,
+        "N": rows,
+        "bits": weights.bits(product.parameter),
+        "block_size": weights.block,
+        "accuracy_level": 4,
+    }
+    result = like(product.gemm.outputs[0])
+    last, residual = result, product.residual
+    offsets = weights.offsets_name(product.parameter)
+    if residual is not None or offsets is not None:
+        last = _named_after(result, "product")
+    nodes = [
+        ir.Node(
+            "com.microsoft",
+            "MatMulNBits",
+            [product.rows, *_initializers(model, weights, product.parameter, product.twin)],
+            [ir.AttrInt64(name, size) for name, size in sizes.items()],
+            outputs=[last],
+            name=product.gemm.name,
+        )
+    ]
+    if offsets is not None:
+        sums = block_sums.of(product.rows, columns // weights.block, nodes)
+        matrix = initializer(model, offsets, weights.layout[offsets])
+        whole = result if residual is None else _named_after(result, "whole")
+        nodes.append(ir.Node("", "Gemm", [sums, matrix, last], outputs=[whole]))
+        last = whole
+    if residual is not None:
+        nodes.append(ir.Node("", "Add", [last, residual], outputs=[result]))
+    replace(model, product.gemm, nodes, result)
+
+
+def _look_up(model: ir.Model, weights: BlockWeights, gather: ir.Node, parameter: str) -> None:
+    """Rows of the embedding are looked up as codes, and widened."""
+    codes, scales, zero_points = _initializers(model, weights, parameter)
+    result = like(gather.outputs[0])
+    sizes = {"bits": 8, "block_size": weights.block, "gather_axis": 0, "quantize_axis": 1}
+    widened = ir.Node(
+        "com.microsoft",
+        "GatherBlockQuantized",
+        [codes, gather.inputs[1], scales, zero_points],
+        [ir.AttrInt64(name, size) for name, size in sizes.items()],
+        outputs=[result],
+    )
+    replace(model, gather, [widened], result)
+
+
+def _named_after(result: ir.Value, what: str) -> ir.Value:
+    """A value on the way to a result, of the same type and shape."""
+    return ir.Value(name=f"{result.name}.{what}", type=result.type, shape=result.shape)
 
 
 class _BlockSums:
@@ -130,7 +135,7 @@ def _initializers(
     """
     codes, *others = weights.names(parameter)
     stored = weights.layout[codes]
-    if not twin and is_table(parameter) and not parameter.startswith("lm_head"):
+    if not twin and parameter == EMBEDDING:
         stored = Stored(stored.tag, (stored.shape[0], stored.shape[1] * stored.shape[2]))
         first = initializer(model, f"{codes}.rows", stored, of=codes)
     else:

@@ -8,36 +8,28 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import platform
 import shutil
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from llama_decoder.attention import eager_attention
-from llama_decoder.decoder import build_decoder
+from llama_export.bundle_checks import check_bundle, check_text_side
 from llama_export.chat_fixture import make_fixture
 from llama_export.cpu_checks import CpuVerification
-from llama_export.device_check import check_on_device, usable_device
 from llama_export.errors import ExportError
 from llama_export.model_card import model_card
 from llama_export.output_folder import new_directory
-from llama_export.paged_checks import PagedVerification, num_paged_steps, verify_paged
 from llama_export.precision import Precision
-from llama_export.precisions import choose_precision, precision_of
-from llama_export.quality import make_reference, measure, num_parameters, write_reference
+from llama_export.precisions import choose_precision
+from llama_export.quality import num_parameters, write_reference
 from llama_export.sampler import save_sampler
 from llama_export.source_tokenizer import SourceTokenizer
 from llama_export.sources import ModelSource, RandomSource, open_source
 from llama_export.stages import Stages
 from llama_export.trace import save_graph, trace_skeleton
-from llama_export.verify import num_compared_tokens, verify
 from llama_export.weight_file import (
+    WEIGHT_FILE,
     read_weights,
     weight_bytes,
     weight_regions,
@@ -45,7 +37,6 @@ from llama_export.weight_file import (
 )
 from llama_runtime import __version__
 from llama_runtime.bundle import (
-    Bundle,
     Graph,
     Licence,
     Manifest,
@@ -54,18 +45,12 @@ from llama_runtime.bundle import (
     open_bundle,
     write_manifest,
 )
-from llama_runtime.bundle_limits import CHAT_FIXTURE, CHAT_TEMPLATE, REFERENCE_LOGPROBS
-from llama_runtime.contract import SAMPLER, SLOTS, TENSORRT
+from llama_runtime.bundle_limits import CHAT_FIXTURE, CHAT_TEMPLATE
+from llama_runtime.contract import SAMPLER
 from llama_runtime.errors import BundleError, one_line
-from llama_runtime.graph_file import check_graph
-from llama_runtime.interrupts import Held
-from llama_runtime.prompt_encoder import PromptEncoder
-
-logger = logging.getLogger(__name__)
 
 GRAPH_FILE = "decoder.onnx"
 SAMPLER_FILE = "sampler.onnx"
-WEIGHT_FILE = "model.safetensors"
 MODEL_CARD = "README.md"
 TOOLS = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers")
 
@@ -130,54 +115,6 @@ def build_bundle(
         raise ExportError(f"{output} can't be written: {reason}") from error
 
 
-def verify_bundle(
-    path: Path,
-    model: Path | str,
-    *,
-    random_seed: int | None = None,
-    stages: Stages | None = None,
-) -> CpuVerification | PagedVerification:
-    """Check a bundle's files, then its graph against the source, whose weights are read anew.
-
-    A bundle that passes records the figures in its manifest, if they are others than before and it
-    can be written; its model card keeps those of the build.
-
-    Args:
-        path: the bundle.
-        model: the checkpoint that it was built from, or the shape.
-        random_seed: the seed of a bundle with random weights.
-        stages: where progress goes; None is silent.
-
-    Raises:
-        BundleError: a file of the bundle is not what was built.
-        CheckpointError: the checkpoint can't be used.
-        ExportError: the bundle was built from another checkpoint, its chat template doesn't write
-            the prompts that it did, or the structure of its graph is not that of the contract.
-    """
-    stages = stages or Stages()
-    with stages("hash files"):
-        bundle = open_bundle(path, verify="full")
-    _check_text_side(bundle)
-    with stages("hash source"):
-        source = open_source(model, random_seed)
-        given, built_from = source.record(), bundle.manifest.source
-        if given.sha256 != built_from.sha256:
-            raise ExportError(
-                f"{path} was built from {built_from.file} (sha256 {built_from.sha256}), not from "
-                f"{model} (sha256 {given.sha256})"
-            )
-    run = not isinstance(source, RandomSource)
-    result = _verify(bundle, source, source.weights(), stages, run=run)
-    figures = {**bundle.manifest.verification, **result.as_dict()}
-    if result.passed and figures != bundle.manifest.verification:
-        try:
-            with Held():  # of one file, so that an interrupt or a full disk leaves a whole bundle
-                write_manifest(bundle.path, replace(bundle.manifest, verification=figures))
-        except OSError as error:
-            logger.warning("%s passed, but its figures can't be recorded: %s", path, error.strerror)
-    return result
-
-
 def check_output(output: Path, *, force: bool) -> None:
     """Refuse an output that would lose somebody's files.
 
@@ -226,101 +163,41 @@ def write_bundle(
     if quality:
         with stages("read texts", num_parameters(config)) as advance:
             write_reference(directory, config, source.weights(), advance)
-    licence_files = source.licence_files()
-    for path in licence_files:
+    for path in source.licence_files():
         shutil.copyfile(path, directory / path.name)
     with stages("hash files"):
-        manifest = Manifest(
-            name=one_line(source.name, 200),
-            created_by=_tool_versions(),
-            source=source.record(),
-            licence=Licence(source.licence, tuple(path.name for path in licence_files)),
-            geometry=config.geometry,
-            graphs=(
-                Graph(dialect=precision.dialect.name, precision=precision.name, file=GRAPH_FILE),
-                Graph(dialect=SAMPLER, precision="fp32", file=SAMPLER_FILE),
-            ),
-            special_tokens=tokenizer.special_tokens,
-            verification={},
-            files=describe_files(directory),
-        )
+        manifest = _manifest(source, precision, tokenizer, directory)
         write_manifest(directory, manifest)
     bundle = open_bundle(directory, verify="size")
-    _check_text_side(bundle)
+    check_text_side(bundle)
     # Random weights are for measuring: to run them would take longest. What is rounded runs where
     # its quality is measured.
     run = not isinstance(source, RandomSource) and (quality or not precision.is_rounded)
-    result = _verify(bundle, source, read_weights(directory / WEIGHT_FILE), stages, run=run)
+    result = check_bundle(bundle, source, read_weights(directory / WEIGHT_FILE), stages, run=run)
     if isinstance(result, CpuVerification):
         result = replace(result, finer=precision.finer)
     result.require_passed()
     return _record(directory, manifest, {**result.as_dict(), **_recipe(precision)})
 
 
-def _verify(
-    bundle: Bundle,
-    source: ModelSource,
-    weights: Iterable[tuple[str, np.ndarray | torch.Tensor]],
-    stages: Stages,
-    *,
-    run: bool = True,
-) -> CpuVerification | PagedVerification:
-    """Check a bundle's graph against its source, as far as this host can.
-
-    Args:
-        bundle: its files have been checked.
-        source: what it was built from.
-        weights: for a graph that can be run here, the parameters to run the decoder with.
-        stages: where progress goes.
-        run: whether a graph that is paged or rounded is run, if it can be here.
-    """
-    graph = next(graph for graph in bundle.manifest.graphs if graph.dialect != SAMPLER)
-    precision = precision_of(graph.dialect, graph.precision)
-    if graph.dialect != SLOTS.name:
-        with stages("check weights", num_paged_steps(source)) as advance:
-            checked = verify_paged(bundle, source, precision, bundle.path / WEIGHT_FILE, advance)
-        if graph.dialect == TENSORRT.name:
-            stages.note("no engine has run: scripts/check_gpu --tensorrt does on a host with a GPU")
-            return checked
-        device = usable_device() if run else None
-        if device is None:
-            stages.note("the graph has not been run: llama-export verify does on a host with CUDA")
-            return checked
-        with stages("run on the GPU"):
-            found = check_on_device(bundle, source.config, precision, device)
-            return replace(checked, device=found)
-    compared = report = None
-    if not precision.is_rounded:
-        with stages("load source"):
-            decoder = build_decoder(source.config, weights, eager_attention)
-        with stages("verify", num_compared_tokens()) as advance:
-            compared = verify(bundle, decoder, advance)
-    elif not run:
-        check_graph(bundle.graph_path(graph.dialect))
-        return CpuVerification(None, None)
-    if REFERENCE_LOGPROBS in bundle.manifest.files:
-        with stages("measure quality", 100) as advance:
-            report = measure(bundle, advance)
-    elif precision.is_rounded:
-        with stages("read texts", num_parameters(source.config)) as advance:
-            reference = make_reference(
-                bundle.tokenizer_path, source.config, source.weights(), advance
-            )
-        with stages("measure quality", 100) as advance:
-            report = measure(bundle, advance, reference)
-    return CpuVerification(compared, report)
-
-
-def _check_text_side(bundle: Bundle) -> None:
-    """Open tokenizer and chat template as the runtime will.
-
-    Raises:
-        ExportError: it would refuse them.
-    """
-    try:
-        _ = PromptEncoder(bundle).tokenizer.byte_table
-    except BundleError as error:
-        raise ExportError(f"the runtime can't use what was built: {error}") from error
+def _manifest(
+    source: ModelSource, precision: Precision, tokenizer: SourceTokenizer, directory: Path
+) -> Manifest:
+    """What a bundle whose files are written says about itself before it is checked."""
+    return Manifest(
+        name=one_line(source.name, 200),
+        created_by=_tool_versions(),
+        source=source.record(),
+        licence=Licence(source.licence, tuple(path.name for path in source.licence_files())),
+        geometry=source.config.geometry,
+        graphs=(
+            Graph(dialect=precision.dialect.name, precision=precision.name, file=GRAPH_FILE),
+            Graph(dialect=SAMPLER, precision="fp32", file=SAMPLER_FILE),
+        ),
+        special_tokens=tokenizer.special_tokens,
+        verification={},
+        files=describe_files(directory),
+    )
 
 
 def _recipe(precision: Precision) -> dict[str, object]:

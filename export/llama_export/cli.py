@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from llama_export.engine_cli import build_and_tell, engine
 from llama_export.errors import ExportError
 from llama_runtime import __version__, interrupts
-from llama_runtime.command_line import FAILED, Commands, print_out
+from llama_runtime.command_line import FAILED, Commands, examples, print_out
 from llama_runtime.errors import CaravanError
 
 if TYPE_CHECKING:
@@ -51,11 +52,6 @@ class _Commands(Commands):
         return FAILED
 
 
-def _examples(*lines: str) -> str:
-    """The end of a help page, its lines as they are: click reads a backspace as that."""
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="Caravan %(version)s (llama-export)")
 def main() -> None:
@@ -63,7 +59,7 @@ def main() -> None:
 
 
 @main.command(
-    epilog=_examples(
+    epilog=examples(
         "llama-export build ~/models/Llama-3.2-1B-Instruct --output llama-3.2-1b",
         "llama-export build ~/models/Llama-3.2-1B-Instruct --precision int8",
         "llama-export build ~/models/Llama-3.2-1B-Instruct --target cuda --precision bf16",
@@ -211,61 +207,14 @@ def build(
         state = "verified"
     print_out(f"{output}: {manifest.name}, {num_bytes / 1e6:,.0f} MB, {precision}, {state}\n")
     if target == "tensorrt":
-        _build_engines(output, engines, quiet=quiet)
+        build_and_tell(output, engines, quiet=quiet)
+
+
+main.add_command(engine)
 
 
 @main.command(
-    epilog=_examples(
-        "llama-export engine llama-3.2-1b --for sm86,sm89 --max-batch 64",
-        "llama-export engine llama-3.2-1b --for sm89 --trust engine.plan",
-    )
-)
-@click.argument("bundle", type=click.Path(path_type=Path), default=Path("bundle"))
-@click.option(
-    "--for",
-    "targets",
-    metavar="GPU[,GPU...]",
-    help="GPUs to build for, such as sm80,sm86,sm89,sm120.  [default: the one that is here]",
-)
-@click.option("--max-batch", type=int, help="Sequences at once.  [default: 32]")
-@click.option(
-    "--max-len",
-    type=int,
-    help="Tokens of one sequence.  [default: 4096, or what the model takes if that is less]",
-)
-@click.option(
-    "--trust",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Take this engine from elsewhere for the bundle's, unseen. It is code that will run on "
-    "your GPU: only if you know who built it, from this bundle, for this GPU and these sizes, with "
-    "the library that is installed.",
-)
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def engine(
-    bundle: Path,
-    *,
-    targets: str | None,
-    max_batch: int | None,
-    max_len: int | None,
-    trust: Path | None,
-    quiet: bool,
-) -> None:
-    """Build TensorRT engines of BUNDLE, or take one from elsewhere.
-
-    They lie in your cache folder, signed as yours; one that isn't is never loaded. llama-run builds
-    what is missing itself.
-    """
-    from llama_export.engines import adopt_engine
-
-    wanted = _wanted_engines("tensorrt", targets or "current", max_batch, max_len)
-    if trust is not None and wanted is not None:
-        print_out(f"{adopt_engine(bundle, trust, wanted)}\n")
-        return
-    _build_engines(bundle, wanted, quiet=quiet)
-
-
-@main.command(
-    epilog=_examples(
+    epilog=examples(
         "llama-export verify llama-3.2-1b --model ~/models/Llama-3.2-1B-Instruct",
     )
 )
@@ -283,13 +232,14 @@ def verify(bundle: Path, model: Path | None, *, random_seed: int | None, quiet: 
     """Check BUNDLE's files, and its graph against the model it was built from.
 
     Every file is hashed, the chat template must write the prompts that it did when the bundle was
-    built, and the real runtime runs a ragged batch whose logits are compared with those of the
-    decoder in PyTorch. Of a bundle for cuda, the structure of the graph is checked and
-    logits of the stored weights are compared with those of the model's. The exit status is 1 if
-    they differ.
+    built. In fp32 for cpu, the real runtime runs a ragged batch whose logits are compared with
+    those of the decoder in PyTorch; what is rounded for cpu has its quality measured. For cuda and
+    tensorrt, the structure of the graph is checked and logits of the stored weights are compared
+    with those of the model's, and where there is a GPU, cuda's graph runs on it. The exit status is
+    1 if anything is further off than it may be.
     """
     _require_export_extra()
-    from llama_export.build import verify_bundle
+    from llama_export.bundle_checks import verify_bundle
     from llama_export.stages import Stages, stderr_stages
 
     stages = Stages() if quiet else stderr_stages()
@@ -302,7 +252,7 @@ def verify(bundle: Path, model: Path | None, *, random_seed: int | None, quiet: 
 
 
 @main.command(
-    epilog=_examples(
+    epilog=examples(
         "llama-export inspect ~/models/Llama-3.2-1B-Instruct",
     )
 )
@@ -338,19 +288,6 @@ def _wanted_engines(
     from llama_export.engines import wanted_engines
 
     return wanted_engines(targets, max_batch, max_len)
-
-
-def _build_engines(bundle: Path, wanted: Wanted | None, *, quiet: bool) -> None:
-    from llama_export.engines import build_engines
-    from llama_export.stages import Stages, stderr_stages
-
-    if wanted is None:
-        print_out("no engine was built: there is no TensorRT here, or no GPU that it runs on\n")
-        return
-    stages = Stages() if quiet else stderr_stages()
-    with interrupts.last_act(lambda: "interrupted: engines that were finished are kept"):
-        for line in build_engines(bundle, wanted, stages):
-            print_out(f"{line}\n")
 
 
 def _require_export_extra() -> None:

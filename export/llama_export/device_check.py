@@ -23,6 +23,7 @@ from llama_decoder.config import LlamaConfig
 from llama_decoder.weights import parameter_shapes
 from llama_export.errors import ExportError
 from llama_export.precision import Precision
+from llama_export.weight_file import WEIGHT_FILE
 from llama_export.weights_cost import decoded, streamed_logits
 from llama_runtime.backends.cuda_device import Device
 from llama_runtime.backends.ort_library import import_library
@@ -47,6 +48,9 @@ NUM_TOP = 20
 # wide a limit tells a cache that is broken from one that is rounded, and no more.
 TOLERANCES: dict[DType, float] = {"float16": 0.05, "bfloat16": 0.4, "float8e4m3fn": 1.0}
 NEAR_TIES: dict[DType, float] = {"float16": 0.02, "bfloat16": 0.2, "float8e4m3fn": 0.5}
+
+Tops = list[tuple[tuple[int, float], ...]]
+Logits = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +154,8 @@ def check_on_device(
         block_size=size,
         prompt_budget=PROMPT_BUDGET,
     )
-    path = bundle.path / "model.safetensors"
-    return check_engine(engine, device.name, path, config, precision, prompt_lengths)
+    weights = bundle.path / WEIGHT_FILE
+    return check_engine(engine, device.name, weights, config, precision, prompt_lengths)
 
 
 def check_engine(
@@ -182,10 +186,6 @@ def check_engine(
         engine.close()
     expected = _expected(config, precision, weights, tokens, [len(prompt) for prompt in prompts])
     return _compared(name, precision, expected, tokens, tops)
-
-
-Tops = list[tuple[tuple[int, float], ...]]
-Logits = npt.NDArray[np.float32]
 
 
 def _prompts(lengths: Sequence[int], longest: int, vocab_size: int) -> list[list[int]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_export.stages import Stages
+from llama_export.stages import Advance, Stages
 from llama_runtime.backends.cuda_device import Device
 from llama_runtime.bundle import Bundle, open_bundle
 from llama_runtime.errors import CaravanError, RequestError
@@ -104,7 +104,7 @@ def build_engines(path: Path, wanted: Wanted, stages: Stages) -> list[str]:
                 target,
                 limits,
                 device=wanted.device,
-                on_progress=lambda part, advance=advance: advance(int(part * PERCENT)),  # type: ignore[misc]
+                on_progress=_in_percent(advance),
             )
         where = "not kept" if folder is None else str(folder)
         lines.append(
@@ -135,6 +135,10 @@ def adopt_engine(path: Path, plan: Path, wanted: Wanted) -> str:
     key = engine_key(bundle, wanted.library, target, limits, device=wanted.device)
     folder = sign_off(plan, key)
     return f"engine for {target} taken from {plan}; {folder or 'not kept'}"
+
+
+def _in_percent(advance: Advance) -> Callable[[float], None]:
+    return lambda part: advance(int(part * PERCENT))
 
 
 def _limits(bundle: Bundle, wanted: Wanted) -> EngineLimits:

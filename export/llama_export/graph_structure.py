@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import onnx
 
+from llama_export.cache_passes import KV_SCALE
+from llama_export.encoders import int4_names
 from llama_export.errors import ExportError
-from llama_export.precision import KV_SCALE, PRODUCTS, Precision, int4_names
+from llama_export.precision import PRODUCTS, Precision
 from llama_export.tensorrt_structure import check_tensorrt
 from llama_export.weight_file import Layout, Tag, stored_layout, weight_regions
 from llama_runtime.contract import Geometry, TensorSpec

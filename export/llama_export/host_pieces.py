@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llama_decoder.config import LlamaConfig
 from llama_decoder.weights import Array
+from llama_export.cache_passes import cache_scales
 from llama_export.host_weights import BlockWeights, Int8Weights, Quantised
-from llama_export.passes_cache import cache_scales
 from llama_export.precision import Precision, store
 from llama_export.quantise.cache_maxima import cache_maxima
 from llama_export.quantise.layer_rounding import CacheMaxima, Watch
+from llama_export.quantise.layers import Parameters, Windows
 from llama_export.quantise.quantiser import How, checked_windows, quantise_int4, quantise_int8
 from llama_export.weight_file import Piece
 
 RANDOM_MAXIMUM = 6.0  # of keys and values where weights are random: those are about normal
-
-Windows = NDArray[np.int64]
-Parameters = Iterator[tuple[str, Array]]
 
 
 def host_pieces(

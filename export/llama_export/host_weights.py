@@ -14,13 +14,13 @@ from functools import cached_property
 import numpy as np
 
 from llama_decoder.config import LlamaConfig
+from llama_decoder.names import EMBEDDING, HEAD, LAST_NORM
 from llama_decoder.weights import parameter_shapes
 from llama_export.errors import ExportError
 from llama_export.quantise.codes import BlockProduct, Int8Product
-from llama_export.quantise.rounding import HEAD_TURN, LAST_NORM
+from llama_export.quantise.rounding import HEAD_TURN
 from llama_export.weight_file import Piece, Stored
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK = 32  # columns that share a scale unless it is told
 BLOCKS = (32, 64, 128)
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from llama_decoder.checkpoint import Checkpoint
 from llama_decoder.gguf_blocks import BLOCK, Blocks, BlockType
+from llama_decoder.names import EMBEDDING, HEAD
 from llama_decoder.weights import parameter_shapes
-from llama_export.host_weights import EMBEDDING, HEAD, Quantised
+from llama_export.host_weights import Quantised
 from llama_export.precision import Precision
 from llama_export.quantise.codes import BlockProduct
 from llama_export.quantise.rounding import Int4Rounding

@@ -23,9 +23,8 @@ def model_card(manifest: Manifest) -> str:
     if manifest.licence.files:
         licence += f" (see {', '.join(manifest.licence.files)})"
     graphs = "\n".join(f"| {g.file} | {g.dialect} | {g.precision} |" for g in manifest.graphs)
-    dialect = next(graph.dialect for graph in manifest.graphs if graph.dialect != SAMPLER)
-    target, extra = TARGETS[dialect]
-    precision = next(g.precision for g in manifest.graphs if g.dialect != SAMPLER)
+    decoder = next(graph for graph in manifest.graphs if graph.dialect != SAMPLER)
+    target, extra = TARGETS[decoder.dialect]
     tools = ", ".join(f"{name} {version}" for name, version in manifest.created_by.items())
     return f"""# {manifest.name}
 
@@ -37,7 +36,7 @@ A Caravan bundle: a Llama decoder as compiled graphs, ready to run without PyTor
 | | |
 |---|---|
 | source | {manifest.source.file} ({manifest.source.format}, sha256 {manifest.source.sha256}) |
-| target, precision | {target}, {precision} |
+| target, precision | {target}, {decoder.precision} |
 | licence of the model | {licence} |
 | layers, hidden size | {geometry.num_layers}, {geometry.hidden_size} |
 | heads, KV heads, head dimension | {geometry.num_heads}, {geometry.num_kv_heads}, \

@@ -1,8 +1,8 @@
 """In which numbers a bundle holds its weights: one recipe a precision.
 
-A recipe says what type each parameter has in the weight file, and how float32 rows become the
-stored bytes. Rows are stored in blocks, so the float32 form of a whole matrix and its stored form
-need not be in memory together, and blocks may be made by several threads.
+A recipe says what type each parameter has in the weight file, and which of the ``encoders`` makes
+the stored bytes of float32 rows. Rows are stored in blocks, so the float32 form of a whole matrix
+and its stored form need not be in memory together, and blocks may be made by several threads.
 
 Shape letters are those of ``llama_runtime.contract``; the matrix of a product is [N, K] here, as
 the operator MatMulNBits calls its rows and columns, and [K, N] where it is stored transposed.
@@ -10,28 +10,24 @@ the operator MatMulNBits calls its rows and columns, and [K, N] where it is stor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from llama_decoder.config import LlamaConfig
 from llama_decoder.weights import parameter_shapes
+from llama_export.cache_passes import cache_layout
+from llama_export.encoders import ENCODERS, Rows, encode_int4, int4_names, int4_tensors, transposed
 from llama_export.errors import ExportError
 from llama_export.host_weights import BLOCK, BlockWeights, Int8Weights, finer_matrices
-from llama_export.passes_cache import cache_layout
 from llama_export.weight_file import Piece, Stored, Tag
 from llama_runtime.contract import MAX_CHUNK, PAGED, SLOTS, TENSORRT, Dialect, DType
 
-INT4_BLOCK = 32  # columns that share a scale; the one block that `ep.cuda.fpa_intb_gemm` takes
-INT4_ZERO = 8  # what stands for 0 where there are no zero points
 TARGETS = {"cpu": SLOTS, "cuda": PAGED, "tensorrt": TENSORRT}
-KV_SCALE = "kv_scale"  # the one number of an fp8 graph's own: float32 [1], and that is 1
 # For which PagedAttention decodes from 8 bits in its fast kernel, if a KV head has 4, 6, 8, 16 or
 # 32 query heads; slower kernels run if not.
 FP8_HEAD_DIMS = (64, 128, 256)
@@ -41,9 +37,6 @@ PRODUCTS = (
 )
 
 BLOCK_ELEMENTS = 1 << 20  # of the rows that are stored at once: 4 MB of float32
-_CACHED_ELEMENTS = 1 << 16  # whose passes stay within a processor's cache
-
-Rows = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +86,7 @@ class Precision:
 
     @property
     def int4_mask(self) -> np.uint8:
-        """What turns the bytes of ``quantise_int4`` into those that are stored, and back."""
+        """What turns the bytes of ``encode_int4`` into those that are stored, and back."""
         return np.uint8(0x88 if self.target == "tensorrt" else 0)  # x - 8 is x ^ 8 in 4 bits
 
     @property
@@ -172,7 +165,7 @@ class Precision:
             shapes = parameter_shapes(config) | shapes
         for name, shape in shapes.items():
             if self._is_int4(name):
-                layout |= zip(int4_names(name), _int4_tensors(name, shape), strict=True)
+                layout |= zip(int4_names(name), int4_tensors(name, shape), strict=True)
             else:
                 layout[name] = Stored(self.tag, shape[::-1] if self.is_transposed(name) else shape)
         if self.target == "cpu" and self.cache is not None:
@@ -188,10 +181,10 @@ class Precision:
             ExportError: a value isn't finite, or too large for the type.
         """
         if self._is_int4(parameter):
-            packed, scales = quantise_int4(parameter, rows)
+            packed, scales = encode_int4(parameter, rows)
             return packed ^ self.int4_mask, scales
-        stored = _ENCODERS[self.tag](parameter, rows)
-        return (_transpose(stored) if self.is_transposed(parameter) else stored,)
+        stored = ENCODERS[self.tag](parameter, rows)
+        return (transposed(stored) if self.is_transposed(parameter) else stored,)
 
     def is_transposed(self, parameter: str) -> bool:
         """Whether a parameter is stored as the transpose of what the decoder holds."""
@@ -208,12 +201,7 @@ def store(precision: Precision, tensors: Iterable[tuple[str, Rows]]) -> Iterator
         precision: the recipe.
         tensors: parameters and RoPE tables in the decoder's order.
     """
-    blocks = (
-        (name, precision.encode(name, tensor[start : start + count]))
-        for name, tensor in tensors
-        for start, count in row_blocks(tensor.shape)
-    )
-    return in_file_order(precision, blocks)
+    return in_file_order(precision, _encoded(precision, tensors))
 
 
 def in_file_order(
@@ -241,6 +229,16 @@ def in_file_order(
             yield name, np.concatenate(pieces)
 
 
+def _encoded(
+    precision: Precision, tensors: Iterable[tuple[str, Rows]]
+) -> Iterator[tuple[str, tuple[Piece, ...]]]:
+    """Blocks of rows, encoded."""
+    for name, tensor in tensors:
+        for start, count in row_blocks(tensor.shape):
+            yield name, precision.encode(name, tensor[start : start + count])
+        del tensor  # before the next is read
+
+
 def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """First row and number of rows of each block of a tensor."""
     columns = shape[1] if len(shape) > 1 else 1
@@ -254,120 +252,3 @@ def _joined_rows(columns: list[Piece]) -> Iterator[Piece]:
     shape = len(columns[0]), sum(piece.shape[1] for piece in columns)
     for start, count in row_blocks(shape):
         yield np.concatenate([piece[start : start + count] for piece in columns], axis=1)
-
-
-def int4_names(parameter: str) -> tuple[str, str]:
-    """The two tensors that hold a parameter in 4 bits: values and scales."""
-    return f"{parameter}.int4", f"{parameter}.scales"
-
-
-def quantise_int4(parameter: str, rows: Rows) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-    """Rows [N, K] in 4 bits, as com.microsoft.MatMulNBits takes them without zero points.
-
-    Each block of 32 columns has a scale, which is its value of the largest magnitude over -8. The
-    bytes are those of ONNX Runtime's ``quantize_matmul_4bits``, which isn't used because it wants
-    the transpose, and starts threads of its own at every call.
-
-    Returns:
-        Values [N, K/32, 16], two in a byte, the first in its lower half; and scales [N, K/32].
-
-    Raises:
-        ExportError: K is no multiple of 32, a value isn't finite, or too large for an fp16 scale.
-    """
-    num_rows, columns = rows.shape
-    shape = (num_rows, _int4_blocks(parameter, columns), INT4_BLOCK)
-    values = _finite(parameter, rows).reshape(shape)
-    highest, lowest = values.max(axis=2), values.min(axis=2)
-    scales = np.where(highest > -lowest, highest, lowest) / np.float32(-INT4_ZERO)
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
-    steps = values * inverse[..., None]
-    steps += INT4_ZERO
-    steps += np.float32(0.5)  # the cast cuts it off, and with it rounds
-    np.clip(steps, 0, 15, out=steps)
-    digits = steps.astype(np.uint8)
-    packed = digits[..., 1::2] << 4
-    packed |= digits[..., 0::2]
-    return packed, _to_float16(parameter, scales)
-
-
-def dequantise_int4(packed: NDArray[np.uint8], scales: NDArray[np.float16]) -> NDArray[np.float32]:
-    """The float32 rows [N, K] that ``quantise_int4`` stands for."""
-    num_rows = len(packed)
-    values = np.empty((num_rows, packed.shape[1], INT4_BLOCK), np.float32)
-    values[..., 0::2] = packed & 15
-    values[..., 1::2] = packed >> 4
-    values -= INT4_ZERO
-    values *= scales.astype(np.float32)[..., None]
-    return values.reshape(num_rows, -1)
-
-
-def _int4_tensors(parameter: str, shape: tuple[int, ...]) -> tuple[Stored, Stored]:
-    rows, columns = shape
-    blocks = _int4_blocks(parameter, columns)
-    return Stored("U8", (rows, blocks, INT4_BLOCK // 2)), Stored("F16", (rows, blocks))
-
-
-def _int4_blocks(parameter: str, columns: int) -> int:
-    if columns % INT4_BLOCK:
-        raise ExportError(
-            f"{parameter} has {columns:,} columns, which is no multiple of {INT4_BLOCK}: int4 "
-            "can't store it, build with --precision fp16"
-        )
-    return columns // INT4_BLOCK
-
-
-def _finite(parameter: str, rows: Rows) -> NDArray[np.float32]:
-    values = np.ascontiguousarray(rows, dtype=np.float32)
-    if not np.isfinite(values).all():
-        raise ExportError(f"the weights {parameter} hold values that are not finite numbers")
-    return values
-
-
-def _to_float32(_: str, rows: Rows) -> NDArray[np.float32]:
-    return np.ascontiguousarray(rows, dtype=np.float32)  # ``write_weights`` looks at them
-
-
-def _to_float16(parameter: str, rows: Rows) -> NDArray[np.float16]:
-    values = _finite(parameter, rows)
-    with np.errstate(over="ignore"):  # told below, and with the name
-        halves = values.astype(np.float16)
-    if not np.isfinite(halves).all():
-        raise ExportError(
-            f"the weights {parameter} reach {np.abs(values).max():,.0f}, and fp16 ends at 65,504: "
-            "build with --precision bf16"
-        )
-    return halves
-
-
-def _to_bfloat16(parameter: str, rows: Rows) -> NDArray[np.uint16]:
-    """The upper halves of the bits, rounded to the nearest, of two as near to the even one."""
-    values = _finite(parameter, rows)
-    bits = values.reshape(-1).view(np.uint32)
-    upper = np.empty(bits.shape, np.uint16)
-    for start in range(0, len(bits), _CACHED_ELEMENTS):
-        part = bits[start : start + _CACHED_ELEMENTS]
-        rounded = part >> 16
-        rounded &= 1
-        rounded += 0x7FFF
-        rounded += part
-        rounded >>= 16
-        upper[start : start + _CACHED_ELEMENTS] = rounded
-    if (upper & 0x7FFF == 0x7F80).any():
-        raise ExportError(f"the weights {parameter} hold values too large for bf16")
-    return upper.reshape(values.shape)
-
-
-def _transpose(block: Piece) -> Piece:
-    """The transpose of a block of 16-bit elements, in its own memory.
-
-    By torch, which goes by tiles: 1.3 to 3.6 GB/s on one thread where numpy makes 0.7.
-    """
-    turned = torch.from_numpy(block.view(np.int16)).t().contiguous()
-    return turned.numpy().view(block.dtype)
-
-
-_ENCODERS: dict[Tag, Callable[[str, Rows], Piece]] = {
-    "F32": _to_float32,
-    "F16": _to_float16,
-    "BF16": _to_bfloat16,
-}

@@ -118,5 +118,20 @@ def choose_precision(
 
 
 def precision_of(dialect: str, name: str) -> Precision:
-    """The recipe that a manifest names for a graph."""
-    return _BY_DIALECT[dialect][name]
+    """The recipe that a manifest names for a graph.
+
+    Raises:
+        ExportError: there is none, as of a bundle that another version has built.
+    """
+    if dialect not in _BY_DIALECT:
+        raise ExportError(
+            f"the bundle has a graph in the dialect {dialect!r:.80}, and this version knows "
+            f"{', '.join(_BY_DIALECT)}: use the version that built it"
+        )
+    known = _BY_DIALECT[dialect]
+    if name not in known:
+        raise ExportError(
+            f"the bundle has a graph of precision {name!r:.80}, and in {dialect} this version "
+            f"knows {', '.join(known)}: use the version that built it"
+        )
+    return known[name]

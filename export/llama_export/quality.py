@@ -9,7 +9,7 @@ the manifest can be had again without the source.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llama_decoder.config import LlamaConfig
+from llama_decoder.names import EMBEDDING, HEAD, LAST_NORM
 from llama_decoder.rope import rope_tables
 from llama_decoder.weights import Array, parameter_shapes
 from llama_export.errors import ExportError
@@ -28,6 +29,7 @@ from llama_export.quantise.layers import (
     take,
     take_layer,
 )
+from llama_export.stages import Advance, counted
 from llama_runtime.bundle import Bundle
 from llama_runtime.bundle_limits import REFERENCE_LOGPROBS, TOKENIZER
 from llama_runtime.evaluation.partition import Prediction, TokenIds, predictions
@@ -44,8 +46,6 @@ KIND_TOKENS = 6144
 TOP = 32  # likeliest tokens that are kept of each place; docs/quality.md has the reason
 SAMPLES = 16  # of the others
 HEAD_ELEMENTS = 1 << 24  # of the logits that are in memory together: 64 MB
-
-Progress = Callable[[int], None]
 
 
 class Text(Protocol):
@@ -64,7 +64,7 @@ def write_reference(
     directory: Path,
     config: LlamaConfig,
     weights: Iterable[tuple[str, Array]],
-    progress: Progress = lambda _: None,
+    progress: Advance = lambda _: None,
 ) -> None:
     """Write what the source thinks of the evaluation texts into a bundle that is being built.
 
@@ -85,7 +85,7 @@ def make_reference(
     tokenizer_path: Path,
     config: LlamaConfig,
     weights: Iterable[tuple[str, Array]],
-    progress: Progress = lambda _: None,
+    progress: Advance = lambda _: None,
 ) -> Reference:
     """What the source thinks of the evaluation texts; see ``write_reference``.
 
@@ -110,7 +110,7 @@ def num_parameters(config: LlamaConfig) -> int:
 
 
 def measure(
-    bundle: Bundle, progress: Progress = lambda _: None, reference: Reference | None = None
+    bundle: Bundle, progress: Advance = lambda _: None, reference: Reference | None = None
 ) -> QualityReport:
     """Measure a bundle for the CPU against the source's predictions.
 
@@ -183,7 +183,7 @@ def reference_logprobs(
     weights: Iterable[tuple[str, Array]],
     windows: Sequence[Window],
     texts_sha256: str,
-    progress: Progress = lambda _: None,
+    progress: Advance = lambda _: None,
     *,
     top: int = TOP,
     samples: int = SAMPLES,
@@ -207,7 +207,7 @@ def reference_logprobs(
     rng = np.random.default_rng(0)
     step = max(1, HEAD_ELEMENTS // config.vocab_size)
     with torch.no_grad():
-        rows, head = _last_rows(config, _counted(weights, progress), windows)
+        rows, head = _last_rows(config, counted(weights, progress), windows)
         targets = np.array([token for window in windows for token in window.tokens[1:]])
         for start in range(0, len(rows), step):
             logits = F.linear(rows[start : start + step], head)
@@ -259,15 +259,6 @@ def _windows(tokenizer: Tokenizer, text: Text, size: int) -> Iterator[Window]:
             yield Window(text.kind, tuple(tokens))
 
 
-def _counted(
-    weights: Iterable[tuple[str, Array]], progress: Progress
-) -> Iterator[tuple[str, Array]]:
-    for done, pair in enumerate(weights, start=1):
-        progress(done)
-        yield pair
-        del pair  # the caller's alone while the next is read
-
-
 def _last_rows(
     config: LlamaConfig, given: Iterator[tuple[str, Array]], windows: Sequence[Window]
 ) -> tuple[Tensor, Tensor]:
@@ -277,7 +268,7 @@ def _last_rows(
     """
     width = max(len(window.tokens) for window in windows)
     ids = torch.tensor([[*w.tokens, *[0] * (width - len(w.tokens))] for w in windows])
-    embedding = torch.from_numpy(take(given, "model.embed_tokens.weight"))
+    embedding = torch.from_numpy(take(given, EMBEDDING))
     hidden = F.embedding(ids, embedding)  # [W, S, E]
     head = embedding if config.tie_embeddings else None
     del embedding
@@ -287,5 +278,5 @@ def _last_rows(
         pass_layer(config, layer, hidden, tables)
         del layer  # before the next is read
     rows = torch.cat([hidden[i, : w.num_targets] for i, w in enumerate(windows)])
-    rows = normed(rows, torch.from_numpy(take(given, "model.norm.weight")), config)
-    return rows, head if head is not None else torch.from_numpy(take(given, "lm_head.weight"))
+    rows = normed(rows, torch.from_numpy(take(given, LAST_NORM)), config)
+    return rows, head if head is not None else torch.from_numpy(take(given, HEAD))

@@ -11,18 +11,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from llama_export.host_products import (
-    Product,
-    constant,
-    drop_unused,
-    embeddings,
-    initializer,
-    is_table,
-    like,
-    node,
-    products,
-    replace,
-)
+from llama_export.graph_edits import constant, drop_unused, initializer, like, node, replace
+from llama_export.host_products import Product, embeddings, is_table, products
 from llama_export.host_weights import Int8Weights
 from llama_export.passes import TWIN
 from llama_export.quantise.rotation import NORM_STEP, hadamard, inner_block

@@ -5,14 +5,16 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from itertools import count
+from typing import TextIO, TypeVar
 
 BAR_CELLS = 24
 REDRAW_S = 0.1
 
 Advance = Callable[[int], None]
+Item = TypeVar("Item")
 
 
 class Stages:
@@ -77,3 +79,17 @@ class Stages:
 def stderr_stages() -> Stages:
     """Stages on standard error."""
     return Stages(sys.stderr)
+
+
+def counted(items: Iterable[Item], progress: Advance) -> Iterator[Item]:
+    """Give items on, one in memory at a time, and tell how many there were so far.
+
+    Args:
+        items: each made when it is asked for.
+        progress: called with the count of items, that which is given next among them.
+    """
+    numbers = count(1)  # for ``enumerate`` keeps an item until it has the next
+    for item in items:
+        progress(next(numbers))
+        yield item
+        del item  # the caller's alone while the next is made

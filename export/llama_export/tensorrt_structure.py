@@ -12,8 +12,9 @@ from typing import Any
 
 import onnx
 
+from llama_export.encoders import int4_names
 from llama_export.errors import ExportError
-from llama_export.precision import PRODUCTS, int4_names
+from llama_export.precision import PRODUCTS
 from llama_runtime.contract import Geometry
 
 PARTS = ("key", "value")

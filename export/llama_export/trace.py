@@ -28,12 +28,12 @@ from llama_decoder.attention import (
 from llama_decoder.config import LlamaConfig
 from llama_decoder.decoder import LlamaDecoder, Prepare
 from llama_export.block_passes import quantise_blocks
+from llama_export.cache_passes import KV_SCALE, quantise_slots_cache
 from llama_export.errors import ExportError
-from llama_export.host_products import CONSTANT
+from llama_export.graph_edits import CONSTANT, STORED_AS
 from llama_export.host_weights import BlockWeights, Int8Weights
-from llama_export.passes import PASSES, STORED_AS, fuse_skip_norms, passes_of
-from llama_export.passes_cache import quantise_slots_cache
-from llama_export.precision import KV_SCALE, Precision
+from llama_export.passes import PASSES, fuse_skip_norms, passes_of
+from llama_export.precision import Precision
 from llama_export.row_passes import quantise_rows
 from llama_export.weight_file import Region, Tag
 from llama_runtime.contract import SLOTS, Dialect
@@ -58,6 +58,7 @@ IR_TYPES: dict[Tag, ir.DataType] = {
 }
 # The exporter takes initializers of no more elements, if they are equal, for one.
 _COMPARED_ELEMENTS = 1024
+_MAX_OWN_BYTES = 1 << 16  # of a tensor that the exporter made itself
 
 
 def trace_skeleton(config: LlamaConfig, precision: Precision) -> ir.Model:
@@ -190,7 +191,7 @@ def save_graph(
             value.const_value = _reference(tensor, region, name, place, shared=shared)
         elif CONSTANT in value.meta or (name == KV_SCALE and _is_one(tensor)):
             continue
-        elif tensor.dtype.is_floating_point() or tensor.nbytes > 1 << 16:
+        elif tensor.dtype.is_floating_point() or tensor.nbytes > _MAX_OWN_BYTES:
             raise ExportError(f"the traced graph holds a constant of its own: {name}")
     ir.save(model, path)
 

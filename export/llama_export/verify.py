@@ -7,7 +7,6 @@ the eager decoder too, over the same arrays and a cache of its own, and the logi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import inf, isfinite
 
@@ -17,6 +16,7 @@ import torch
 
 from llama_decoder.decoder import LlamaDecoder
 from llama_export.errors import ExportError
+from llama_export.stages import Advance
 from llama_runtime.backends.base import Backend
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.bundle import Bundle
@@ -84,7 +84,7 @@ class Verification:
 
 
 def verify(
-    bundle: Bundle, decoder: LlamaDecoder, progress: Callable[[int], None] = lambda _: None
+    bundle: Bundle, decoder: LlamaDecoder, progress: Advance = lambda _: None
 ) -> Verification:
     """Compare a bundle's graph with the eager decoder.
 

@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from llama_export.errors import ExportError
 
+WEIGHT_FILE = "model.safetensors"  # its name in a bundle
 PAGE_BYTES = 4096  # where the data begins, so that a map of it is page-aligned
 
 Tag = Literal["F32", "F16", "BF16", "U8", "I8"]  # element types as a safetensors file names them

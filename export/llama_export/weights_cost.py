@@ -8,7 +8,7 @@ other, so a model of any size is compared in the space of its largest layer or m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from math import inf, isfinite
@@ -25,9 +25,12 @@ from torch.nn import functional as F
 from llama_decoder.attention import SlotInputs, eager_attention
 from llama_decoder.config import LlamaConfig
 from llama_decoder.decoder import DecoderLayer, rope_buffers
+from llama_decoder.names import EMBEDDING, HEAD, LAST_NORM
 from llama_decoder.weights import parameter_shapes
+from llama_export.encoders import decode_int4
 from llama_export.errors import ExportError
-from llama_export.precision import Precision, dequantise_int4
+from llama_export.precision import Precision
+from llama_export.stages import Advance, counted
 from llama_runtime.tokenizer import Tokenizer
 
 PROMPTS = (
@@ -40,7 +43,6 @@ PROMPTS = (
 MAX_PROMPT_TOKENS = 40  # of each
 
 Logits = npt.NDArray[np.float32]
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def measure_weights(
     source: Iterable[tuple[str, npt.NDArray[np.float32]]],
     stored: Path,
     tokenizer: Path,
-    progress: Progress = lambda _: None,
+    progress: Advance = lambda _: None,
 ) -> WeightsCost:
     """Compare the stored weights with those of the source, on a few fixed prompts.
 
@@ -117,7 +119,7 @@ def measure_weights(
     """
     prompts = _prompts(Tokenizer(tokenizer), config.max_positions)
     count = num_read_parameters(config) // 2
-    originals = ((name, torch.from_numpy(value)) for name, value in source)
+    originals = map(_as_tensor, source)
     with torch.no_grad():
         wanted = streamed_logits(config, originals, dict(rope_buffers(config)), prompts, progress)
         with safe_open(stored, framework="pt") as file:
@@ -161,7 +163,7 @@ def streamed_logits(
     parameters: Iterable[tuple[str, Tensor]],
     tables: dict[str, Tensor],
     prompts: Sequence[Sequence[int]],
-    progress: Progress = lambda _: None,
+    progress: Advance = lambda _: None,
     *,
     keep: Sequence[int] | None = None,
 ) -> Logits:
@@ -179,8 +181,8 @@ def streamed_logits(
     Returns:
         float32 [tokens, V], prompt after prompt.
     """
-    given = _counted(parameters, progress)
-    embedding = _take(given, "model.embed_tokens.weight")
+    given = counted(parameters, progress)
+    embedding = _take(given, EMBEDDING)
     x = F.embedding(torch.tensor([token for prompt in prompts for token in prompt]), embedding)
     head = embedding if config.tie_embeddings else None
     del embedding
@@ -193,9 +195,9 @@ def streamed_logits(
         del layer  # before the next is read
     if keep is not None:
         x = x[torch.tensor(keep)]
-    norm = _take(given, "model.norm.weight")
+    norm = _take(given, LAST_NORM)
     x = F.rms_norm(x, (config.hidden_size,), norm, config.rms_norm_eps)
-    logits = F.linear(x, _take(given, "lm_head.weight") if head is None else head)
+    logits = F.linear(x, _take(given, HEAD) if head is None else head)
     return logits.numpy()
 
 
@@ -230,20 +232,16 @@ def _layer(config: LlamaConfig, given: Iterator[tuple[str, Tensor]], prefix: str
     return layer.requires_grad_(False).eval()
 
 
+def _as_tensor(given: tuple[str, npt.NDArray[np.float32]]) -> tuple[str, Tensor]:
+    name, value = given
+    return name, torch.from_numpy(value)
+
+
 def _take(given: Iterator[tuple[str, Tensor]], name: str) -> Tensor:
     found, tensor = next(given)
     if found != name:
         raise ExportError(f"expected the weights {name}, got {found}")
     return tensor
-
-
-def _counted(
-    parameters: Iterable[tuple[str, Tensor]], progress: Progress
-) -> Iterator[tuple[str, Tensor]]:
-    for done, pair in enumerate(parameters, start=1):
-        progress(done)
-        yield pair
-        del pair  # the caller's alone while the next is read
 
 
 def decoded(file: Any, precision: Precision, parameter: str) -> Tensor:
@@ -254,4 +252,4 @@ def decoded(file: Any, precision: Precision, parameter: str) -> Tensor:
         return values.t() if precision.is_transposed(parameter) else values
     packed, scales = tensors
     digits = packed.numpy() ^ precision.int4_mask
-    return torch.from_numpy(dequantise_int4(digits, scales.numpy()))
+    return torch.from_numpy(decode_int4(digits, scales.numpy()))

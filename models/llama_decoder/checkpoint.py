@@ -16,6 +16,7 @@ from llama_decoder.config import LlamaConfig
 from llama_decoder.errors import CheckpointError
 from llama_decoder.gguf_blocks import Blocks, BlockType, stacked
 from llama_decoder.gguf_file import OUTPUT, ROPE_FACTORS, GgufWeights
+from llama_decoder.names import EMBEDDING, HEAD
 from llama_decoder.safetensors_file import CONFIG, SafetensorsWeights
 from llama_decoder.source_files import NEEDS_SAFETENSORS, PICKLES, read_json
 from llama_decoder.weights import (
@@ -28,8 +29,6 @@ from llama_decoder.weights import (
     separate,
     stream,
 )
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

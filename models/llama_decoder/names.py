@@ -45,10 +45,14 @@ class Row(NamedTuple):
     reason: str
 
 
+EMBEDDING = "model.embed_tokens.weight"
+LAST_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+
 FIRST = (
     Row(
-        "model.embed_tokens.weight",
-        (Part("model.embed_tokens.weight", "token_embd.weight", "V"),),
+        EMBEDDING,
+        (Part(EMBEDDING, "token_embd.weight", "V"),),
         "E",
         "Hugging Face's name; the output matrix too where the two are tied",
     ),
@@ -103,16 +107,16 @@ LAYER = (
 )
 LAST = (
     Row(
-        "model.norm.weight",
-        (Part("model.norm.weight", "output_norm.weight", "E"),),
+        LAST_NORM,
+        (Part(LAST_NORM, "output_norm.weight", "E"),),
         "",
         "Hugging Face's name",
     ),
 )
 UNTIED = (
     Row(
-        "lm_head.weight",
-        (Part("lm_head.weight", "output.weight", "V"),),
+        HEAD,
+        (Part(HEAD, "output.weight", "V"),),
         "E",
         "Hugging Face's name; left out where it is the embedding",
     ),

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llama_decoder.tiny import random_weights, tiny_config
-from llama_export.build import build_bundle, verify_bundle
+from llama_export.build import build_bundle
+from llama_export.bundle_checks import verify_bundle
 from llama_export.errors import ExportError
 from llama_export.precision import Precision
 from llama_runtime import memory_plan
@@ -155,6 +156,27 @@ def test_verify_refuses_another_source(tiny_bundle: Path, tiny_model: Path, tmp_
     save_file(weights, other / "model.safetensors")
     with pytest.raises(ExportError, match="was built from"):
         verify_bundle(tiny_bundle, other)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"precision": "fp4"}, "precision 'fp4'.* slots .*knows fp32, int8,"),
+        ({"dialect": "of later"}, "dialect 'of later'"),
+        (None, "no graph of a decoder"),
+    ],
+)
+def test_verify_says_what_it_does_not_know_of_another_version(
+    tiny_bundle: Path, tiny_model: Path, tmp_path: Path, changed: dict[str, str] | None, said: str
+) -> None:
+    """It ended in a KeyError, or a StopIteration."""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    decoder, sampler = manifest["graphs"]
+    manifest["graphs"] = [sampler] if changed is None else [decoder | changed, sampler]
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ExportError, match=said):
+        verify_bundle(bundle, tiny_model)
 
 
 def test_failed_gate_leaves_nothing(

@@ -14,7 +14,8 @@ import jinja2
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from llama_export.build import build_bundle, verify_bundle
+from llama_export.build import build_bundle
+from llama_export.bundle_checks import verify_bundle
 from llama_export.chat_fixture import CONVERSATIONS, NOW, make_fixture
 from llama_export.errors import ExportError
 from llama_export.template_reference import render_cases

@@ -140,6 +140,7 @@ def test_an_engine_from_elsewhere_is_taken_when_the_user_says_so(
     ("options", "sentence"),
     [
         (["--for", "sm90"], "can't build for 'sm90': it has "),
+        (["--for", ""], "can't build for '': it has "),
         (["--for", "sm86,current"], "current can't be combined"),
         (["--for", "current"], "there is no CUDA d"),
         (["--for", "sm86", "--max-batch", "0"], "max_batch must lie in 1 to 1024, not 0"),

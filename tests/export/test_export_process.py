@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from llama_export import output_folder
-from llama_export.build import build_bundle, verify_bundle
+from llama_export.build import build_bundle
+from llama_export.bundle_checks import verify_bundle
 from llama_export.errors import ExportError
 from llama_export.output_folder import new_directory
 from llama_runtime.bundle import open_bundle
@@ -120,7 +121,7 @@ def test_verifying_never_costs_the_bundle(
     manifest["verification"]["rows"] = 1
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     with monkeypatch.context() as patch:
-        patch.setattr("llama_export.build.write_manifest", full)
+        patch.setattr("llama_export.bundle_checks.write_manifest", full)
         assert verify_bundle(bundle, tiny_model).passed
     assert open_bundle(bundle, verify="full").manifest.verification["rows"] == 1
     assert verify_bundle(bundle, tiny_model).passed

@@ -13,16 +13,16 @@ import onnx
 import pytest
 
 from llama_decoder.tiny import tiny_config
-from llama_export.errors import ExportError
-from llama_export.passes_cache import (
+from llama_export.cache_passes import (
     cache_layout,
     cache_scale_names,
     cache_scales,
 )
+from llama_export.errors import ExportError
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
+from llama_runtime.chunk import Chunk
 from llama_runtime.contract import SLOTS
 from llama_runtime.params import SamplingParams
-from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence
 from llama_runtime.step_batch import StepBatch
 from tests.int8_cache import NO_NUMBER, Int8Cached, huggingface_names

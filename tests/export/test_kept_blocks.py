@@ -10,8 +10,9 @@ import pytest
 from llama_decoder.checkpoint import open_checkpoint
 from llama_decoder.decoder import rope_buffers
 from llama_decoder.errors import CheckpointError
+from llama_decoder.names import EMBEDDING, HEAD
 from llama_export.host_pieces import host_pieces
-from llama_export.host_weights import EMBEDDING, HEAD, BlockWeights
+from llama_export.host_weights import BlockWeights
 from llama_export.precision import Precision
 from llama_export.precisions import choose_precision
 from llama_export.quantise.codes import unpack

@@ -14,7 +14,9 @@ from onnx import helper
 from llama_decoder.attention import slots_attention
 from llama_decoder.decoder import build_decoder, rope_buffers
 from llama_decoder.tiny import random_weights, tiny_config
-from llama_export.passes import fold_residuals, fuse_skip_norms, quantise_cache, transpose_products
+from llama_export.cache_passes import quantise_paged_cache
+from llama_export.gpu_products import transpose_products
+from llama_export.passes import fold_residuals, fuse_skip_norms
 from llama_export.trace import save_graph, trace_decoder
 from llama_export.weight_file import (
     float32_layout,
@@ -200,7 +202,7 @@ def test_another_product_is_not_transposed(changed: dict[str, object]) -> None:
 def test_a_graph_without_paged_attention_gets_no_scale() -> None:
     model = product(np.ones((4, 4), np.float32))
     before = ir.to_proto(model).SerializeToString()
-    assert quantise_cache(model) == 0
+    assert quantise_paged_cache(model) == 0
     assert ir.to_proto(model).SerializeToString() == before
 
 

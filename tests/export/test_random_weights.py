@@ -15,7 +15,8 @@ from llama_decoder.shapes import SHAPES
 from llama_decoder.tiny import tiny_config
 from llama_decoder.weights import parameter_shapes
 from llama_export import precision
-from llama_export.build import build_bundle, verify_bundle
+from llama_export.build import build_bundle
+from llama_export.bundle_checks import verify_bundle
 from llama_export.errors import ExportError
 from llama_export.precision import PRODUCTS, in_file_order
 from llama_export.precisions import CPU_PRECISIONS, CUDA_PRECISIONS

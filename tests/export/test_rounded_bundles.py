@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llama_export.build import build_bundle, verify_bundle
+from llama_export.build import build_bundle
+from llama_export.bundle_checks import verify_bundle
 from llama_export.cpu_checks import CpuVerification
 from llama_export.errors import ExportError
 from llama_runtime.bundle import open_bundle

@@ -13,11 +13,10 @@ import torch
 from llama_decoder.attention import slots_attention
 from llama_decoder.shapes import LLAMA_3_2_1B
 from llama_decoder.tiny import tiny_config
-from llama_export.build import WEIGHT_FILE
 from llama_export.errors import ExportError
 from llama_export.precisions import CPU_PRECISIONS, CUDA_PRECISIONS
 from llama_export.trace import save_graph, skeleton, trace_decoder, trace_skeleton
-from llama_export.weight_file import weight_bytes, weight_regions
+from llama_export.weight_file import WEIGHT_FILE, weight_bytes, weight_regions
 from llama_runtime.contract import SLOTS
 
 

@@ -12,8 +12,8 @@ import torch
 
 from llama_export.errors import ExportError
 from llama_export.verify import ComparedBackend, Verification
+from llama_runtime.chunk import Chunk
 from llama_runtime.params import SamplingParams
-from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence
 from llama_runtime.step_batch import Step, StepBatch
 

@@ -22,10 +22,11 @@ from llama_export.weight_file import (
     write_weights,
 )
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
+from llama_runtime.chunk import Chunk
 from llama_runtime.contract import SLOTS
 from llama_runtime.kv_cache import SlotCache
 from llama_runtime.params import SamplingParams
-from llama_runtime.scheduler import Chunk, Scheduler
+from llama_runtime.scheduler import Scheduler
 from llama_runtime.sequence import Sequence
 from llama_runtime.step_batch import StepBatch
 

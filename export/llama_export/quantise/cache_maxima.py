@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from llama_decoder import names
 from llama_decoder.config import LlamaConfig
+from llama_decoder.names import EMBEDDING
 from llama_decoder.rope import rope_tables
 from llama_export.quantise.layer_rounding import CacheMaxima
 from llama_export.quantise.layers import (
@@ -42,8 +42,7 @@ def cache_maxima(
         ExportError: a parameter isn't the expected one or not finite, or the text is too short.
     """
     windows = checked_windows(windows, config)
-    (first,) = (row.name for row in names.FIRST)
-    hidden = torch.from_numpy(take(weights, first)[windows])  # [W, S, E]
+    hidden = torch.from_numpy(take(weights, EMBEDDING)[windows])  # [W, S, E]
     tables = rope_tables(config, windows.shape[1])
     for index in range(config.num_layers):
         layer = take_layer(weights, index)

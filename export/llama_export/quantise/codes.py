@@ -133,21 +133,6 @@ def unpack(
     return BlockProduct(np.ascontiguousarray(rows), scales, zero_points, bits, block)
 
 
-def row_codes(rows: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Activations as the int8 graph quantises them: a scale a row, 128 for zero.
-
-    Args:
-        rows: [T, K].
-
-    Returns:
-        Codes, uint8 [T, K], and scales, float32 [T]: x is about s * (q - 128).
-    """
-    scales = np.abs(rows).max(axis=1) / np.float32(INT8_LIMIT)
-    scales = np.where(scales > 0, scales, np.float32(1))
-    codes = np.rint(rows / scales[:, None]) + np.float32(128)
-    return np.clip(codes, 0, 255).astype(np.uint8), scales.astype(np.float32)
-
-
 def num_blocks(columns: int, block: int) -> int:
     """Blocks of a row, the last of which may be shorter."""
     return -(-columns // block)

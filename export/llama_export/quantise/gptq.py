@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llama_export.errors import ExportError
 from llama_export.quantise.codes import BlockProduct, Int8Product, num_blocks
-from llama_export.quantise.grids import SHRINKS_4, SHRINKS_8, Grid, block_grid, channel_grid
+from llama_export.quantise.grids import SHRINKS_8, Grid, block_grid, channel_grid
 
 # Added to the Gram matrix's diagonal, as a share of its mean. Measured on SmolLM2: the error on
 # other texts is least from 0.1 to 0.2, and 2 % more with the 0.01 that is common.
@@ -28,9 +28,7 @@ _TRIES = 6  # times that the damping is made ten times larger before giving up
 GridOf = Callable[[Tensor, Tensor], Grid]
 
 
-def gptq_blocks(
-    weights: Tensor, factor: Tensor, bits: int, block: int, *, symmetric: bool = False
-) -> BlockProduct:
+def gptq_blocks(weights: Tensor, factor: Tensor, bits: int, block: int) -> BlockProduct:
     """Round to blocks; each block's grid is found when it is reached, on what feedback made of it.
 
     Args:
@@ -38,7 +36,6 @@ def gptq_blocks(
         factor: float32 [K, K], ``triangle`` of the product's inputs.
         bits: 4 or 8.
         block: b.
-        symmetric: as of ``block_grid``.
     """
     num_rows, columns = weights.shape
     count = num_blocks(columns, block)
@@ -47,7 +44,7 @@ def gptq_blocks(
 
     def grid_of(values: Tensor, importance: Tensor) -> Grid:
         nonlocal found
-        grid = block_grid(values, importance, bits, symmetric=symmetric, shrinks=SHRINKS_4)
+        grid = block_grid(values, importance, bits)
         scales[:, found], zeros[:, found] = grid.scales, grid.zeros
         found += 1
         return grid

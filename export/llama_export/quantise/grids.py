@@ -58,7 +58,6 @@ def block_grid(
     importance: Tensor | None,
     bits: int,
     *,
-    symmetric: bool = False,
     shrinks: tuple[float, ...] = SHRINKS_4,
 ) -> Grid:
     """Unsigned grids of blocks.
@@ -68,22 +67,14 @@ def block_grid(
         importance: what a squared error counts in each column, [b] or [G, b]; None for all the
             same.
         bits: 4 or 8.
-        symmetric: whether the zero point is always the middle one.
         shrinks: widths to try, as shares of that which holds every value.
     """
     high = 2**bits - 1
-    if symmetric:
-        middle = 2 ** (bits - 1)
-        scales = values.abs().amax(1) / (middle - 1)
-        zeros = [torch.full_like(scales, middle)]
-    else:
-        lowest, highest = values.amin(1).clamp_(max=0), values.amax(1).clamp_(min=0)
-        scales = (highest - lowest) / high
-        scales.clamp_(min=_TINIEST)
-        zero = (-lowest / scales).round_().clamp_(0, high)
-        near = (0, -1, 1) if len(shrinks) > 1 else (0,)
-        zeros = [(zero + step).clamp_(0, high) for step in near]
-    scales.clamp_(min=_TINIEST)
+    lowest, highest = values.amin(1).clamp_(max=0), values.amax(1).clamp_(min=0)
+    scales = ((highest - lowest) / high).clamp_(min=_TINIEST)
+    zero = (-lowest / scales).round_().clamp_(0, high)
+    near = (0, -1, 1) if len(shrinks) > 1 else (0,)
+    zeros = [(zero + step).clamp_(0, high) for step in near]
     grids = [Grid(scales * share, zero, 0, high) for share in shrinks for zero in zeros]
     return _best(grids, values, importance)
 
@@ -109,7 +100,6 @@ def nearest_blocks(
     bits: int,
     block: int,
     *,
-    symmetric: bool = False,
     shrinks: tuple[float, ...] = SHRINKS_4,
 ) -> BlockProduct:
     """Rows [N, K], each value at the nearest level of its block's grid."""
@@ -123,7 +113,7 @@ def nearest_blocks(
         # Zeros that fill a block up change no grid: every grid holds 0.
         values = torch.nn.functional.pad(values, (0, count * block - columns))
         values = values.view(-1, block)
-        grid = block_grid(values, None, bits, symmetric=symmetric, shrinks=shrinks)
+        grid = block_grid(values, None, bits, shrinks=shrinks)
         codes[part] = grid.codes(values).view(-1, count * block)[:, :columns].numpy()
         scales[part] = grid.scales.view(-1, count).numpy()
         zero_points[part] = grid.zeros.view(-1, count).numpy()

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from llama_decoder import names
 from llama_decoder.config import LlamaConfig
+from llama_decoder.names import EMBEDDING, HEAD, LAST_NORM
 from llama_decoder.weights import Array
 from llama_export.errors import ExportError
 from llama_export.quantise.layer_rounding import LayerRounding, Watch
@@ -25,7 +25,6 @@ from llama_export.quantise.layers import (
 )
 from llama_export.quantise.rotation import Rotation
 from llama_export.quantise.rounding import (
-    LAST_NORM,
     Int4Rounding,
     Int8Rounding,
     Product,
@@ -33,7 +32,7 @@ from llama_export.quantise.rounding import (
 )
 
 How = Literal["feedback", "nearest"]
-Quantised = Iterator[tuple[str, Product | Array]]
+Rounded = Iterator[tuple[str, Product | Array]]
 
 MIN_TOKENS = 4096  # of a calibration text: fewer than a few a column make the rounding worse
 
@@ -44,7 +43,7 @@ def quantise_int8(
     windows: Windows | None,
     how: How = "feedback",
     watch: Watch | None = None,
-) -> Quantised:
+) -> Rounded:
     """Products of the turned model in signed bytes with a scale a row, for activations in bytes.
 
     Args:
@@ -73,7 +72,7 @@ def quantise_int4(
     how: How = "feedback",
     watch: Watch | None = None,
     eight_bits: frozenset[str] = frozenset(),
-) -> Quantised:
+) -> Rounded:
     """Products in blocks of 4 bits, embedding and head in blocks of 8; see ``quantise_int8``.
 
     Args:
@@ -124,14 +123,13 @@ def _quantise(
     how: How,
     rounding: Rounding,
     watch: Watch,
-) -> Quantised:
+) -> Rounded:
     windows = checked_windows(windows, config) if how == "feedback" else None
-    (first,), (head,) = ([row.name for row in rows] for rows in (names.FIRST, names.UNTIED))
-    table = rounding.table(take(weights, first))
+    table = rounding.table(take(weights, EMBEDDING))
     layers = None
     if windows is not None:
         layers = LayerRounding(config, rounding, table, windows, watch)
-    yield first, table
+    yield EMBEDDING, table
     del table
     for index in range(config.num_layers):
         layer = take_layer(weights, index)
@@ -141,10 +139,10 @@ def _quantise(
     weight = take(weights, LAST_NORM)
     yield from rounding.last_norm(weight, config.tie_embeddings)
     if not config.tie_embeddings:
-        yield head, rounding.table(take(weights, head), weight)
+        yield HEAD, rounding.table(take(weights, HEAD), weight)
 
 
-def _nearest(layer: Layer, rounding: Rounding) -> Quantised:
+def _nearest(layer: Layer, rounding: Rounding) -> Rounded:
     rounding.prepare(layer)
     for field, name in parameter_names(layer.index).items():
         value = getattr(layer, field).numpy()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llama_decoder import names
+from llama_decoder.names import LAST_NORM
 from llama_decoder.weights import Array
 from llama_export.quantise.codes import INT8_LIMIT, BlockProduct, Int8Product
 from llama_export.quantise.gptq import gptq_blocks, gptq_channels
@@ -26,7 +26,6 @@ from llama_export.quantise.layers import Layer
 from llama_export.quantise.rotation import NORM_STEP, Rotation, turn_blocks
 
 Product = Int8Product | BlockProduct
-(LAST_NORM,) = (row.name for row in names.LAST)
 HEAD_TURN = "lm_head.turn"  # see ``Rotation.head``
 
 

@@ -39,10 +39,9 @@ def test_rows_on_a_grid_are_kept() -> None:
     np.testing.assert_array_equal(product.codes, codes.reshape(8, 128))
 
 
-def test_a_symmetric_grid_has_its_zero_in_the_middle() -> None:
-    product = nearest_blocks(ROWS + 6, 4, 32, symmetric=True)
-    assert (product.zero_points == 8).all()
-    assert (nearest_blocks(ROWS + 6, 4, 32, shrinks=PLAIN).zero_points == 0).all()
+def test_values_on_one_side_have_their_zero_at_that_end() -> None:
+    for values, zero in ((ROWS + 6, 0), (ROWS - 6, 15)):
+        assert (nearest_blocks(values, 4, 32, shrinks=PLAIN).zero_points == zero).all()
 
 
 @pytest.mark.parametrize("block", [32, 64])

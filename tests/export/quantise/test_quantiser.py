@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llama_decoder.config import LlamaConfig
 from llama_decoder.decoder import build_decoder
+from llama_decoder.names import LAST_NORM
 from llama_decoder.tiny import random_weights, tiny_config
 from llama_decoder.weights import parameter_shapes
 from llama_export.errors import ExportError
@@ -22,7 +23,7 @@ from llama_export.quantise.layer_rounding import CacheMaxima, LayerRounding, Wat
 from llama_export.quantise.layers import Layer, normed, take, take_layer
 from llama_export.quantise.quantiser import MIN_TOKENS, How, quantise_int4, quantise_int8
 from llama_export.quantise.rotation import Rotation, turn_blocks
-from llama_export.quantise.rounding import HEAD_TURN, LAST_NORM, Int8Rounding, Product
+from llama_export.quantise.rounding import HEAD_TURN, Int8Rounding, Product
 
 CONFIG = tiny_config()
 NORM = "model.layers.1.post_attention_layernorm.weight"

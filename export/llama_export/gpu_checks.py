@@ -5,7 +5,6 @@ The graph itself isn't run here, and nothing here says that it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +12,13 @@ from llama_export.device_check import DeviceCheck
 from llama_export.graph_structure import check_structure
 from llama_export.precision import Precision
 from llama_export.sources import ModelSource, RandomSource
+from llama_export.stages import Advance
 from llama_export.weights_cost import WeightsCost, measure_weights, num_read_parameters
 from llama_runtime.bundle import Bundle
 
 
 @dataclass(frozen=True, slots=True)
-class PagedVerification:
+class GpuVerification:
     """A bundle for a GPU whose structure is right.
 
     Attributes:
@@ -53,13 +53,13 @@ class PagedVerification:
         return f"the graph has the structure of the contract; {figures}; {run}"
 
 
-def verify_paged(
+def verify_unrun(
     bundle: Bundle,
     source: ModelSource,
     precision: Precision,
     weights: Path,
-    progress: Callable[[int], None] = lambda _: None,
-) -> PagedVerification:
+    progress: Advance = lambda _: None,
+) -> GpuVerification:
     """Check a bundle with a graph in the ``paged`` or ``tensorrt`` dialect, without running it.
 
     Args:
@@ -67,7 +67,7 @@ def verify_paged(
         source: what it was built from.
         precision: the recipe that the manifest names.
         weights: the weight file.
-        progress: called with the count so far, of ``num_paged_steps``.
+        progress: called with the count so far, of ``num_unrun_steps``.
 
     Raises:
         ExportError: the graph is not what the contract and the weight file say.
@@ -76,14 +76,14 @@ def verify_paged(
     graph = bundle.graph_path(precision.dialect.name)
     check_structure(graph, weights, config.geometry, precision, precision.layout(config))
     if isinstance(source, RandomSource):
-        return PagedVerification(None)
-    return PagedVerification(
+        return GpuVerification(None)
+    return GpuVerification(
         measure_weights(
             config, precision, source.weights(), weights, bundle.tokenizer_path, progress
         )
     )
 
 
-def num_paged_steps(source: ModelSource) -> int:
-    """What ``verify_paged`` counts to, for progress."""
+def num_unrun_steps(source: ModelSource) -> int:
+    """What ``verify_unrun`` counts to, for progress."""
     return 0 if isinstance(source, RandomSource) else num_read_parameters(source.config)
