@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     )
     from llama_runtime.events import BatchDecision, TokenEvent
     from llama_runtime.llm import LLM
+    from llama_runtime.loading import Loaded, load
     from llama_runtime.memory_plan import MemoryPlan
     from llama_runtime.params import SamplingParams
     from llama_runtime.sequence import TokenLogprob
+    from llama_runtime.settings import Settings
     from llama_runtime.shared_engine import Stats
 
 __version__ = "0.1.0"
@@ -50,15 +52,18 @@ __all__ = [
     "DeadlineError",
     "DependencyError",
     "Engine",
+    "Loaded",
     "MemoryPlan",
     "QueueFullError",
     "Request",
     "RequestError",
     "SamplingParams",
+    "Settings",
     "Stats",
     "TokenEvent",
     "TokenLogprob",
     "__version__",
+    "load",
     "open_bundle",
 ]
 
@@ -75,14 +80,17 @@ _MODULES = {
     "DeadlineError": "errors",
     "DependencyError": "errors",
     "Engine": "engine",
+    "Loaded": "loading",
     "MemoryPlan": "memory_plan",
     "QueueFullError": "errors",
     "Request": "completion",
     "RequestError": "errors",
     "SamplingParams": "params",
+    "Settings": "settings",
     "Stats": "shared_engine",
     "TokenEvent": "events",
     "TokenLogprob": "sequence",
+    "load": "loading",
     "open_bundle": "bundle",
 }
 

@@ -6,22 +6,26 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from llama_runtime.bench import STRATEGIES
 from llama_runtime.bench.lengths import Lengths
-from llama_runtime.cli_options import bundle_option, devices_option, threads_option
-from llama_runtime.command_line import FAILED
+from llama_runtime.cli_options import (
+    bundle_option,
+    devices_option,
+    request_timeout_option,
+    threads_option,
+)
+from llama_runtime.cli_types import FILE, ListOf, Rate
+from llama_runtime.command_line import FAILED, examples
 from llama_runtime.errors import RequestError
 from llama_runtime.progress import Console
-from llama_runtime.serve_cli import SECONDS
 
 MAX_PROMPTS = 1_000_000
 MAX_ROUNDS = 1000
 MAX_AT_ONCE = 100_000
-MOST_A_SECOND = 1e9
 KEY = "LLAMA_RUN_API_KEY"
 _LOCAL = ("bundle", "strategies", "batch_sizes", "threads", "devices")
 _SERVED = (
@@ -32,64 +36,20 @@ _SERVED = (
     "request_timeout",
     "api_key_file",
 )
-_USUAL: dict[str, str | int] = {
-    "batch_sizes": "1,2,4,8,16,32",
-    "input_lens": "32:128",
-    "output_lens": "16:64",
+_USUAL: dict[str, Any] = {
+    "batch_sizes": (1, 2, 4, 8, 16, 32),
+    "input_lens": (Lengths(32, 128),),
+    "output_lens": (Lengths(16, 64),),
     "num_prompts": 64,
     "rounds": 3,
 }
-_QUICK: dict[str, str | int] = {
-    "batch_sizes": "1,4,16",
-    "input_lens": "16:64",
-    "output_lens": "8:32",
+_QUICK: dict[str, Any] = {
+    "batch_sizes": (1, 4, 16),
+    "input_lens": (Lengths(16, 64),),
+    "output_lens": (Lengths(8, 32),),
     "num_prompts": 32,
     "rounds": 1,
 }
-
-Item = TypeVar("Item")
-
-
-class _List(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # older clicks have none
-    """Several of something, with commas between them.
-
-    Args:
-        name: of the type.
-        parse: makes one of a text, or raises a ``ValueError`` that says why not.
-    """
-
-    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
-        self.name = name
-        self._parse = parse
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> list[Any]:
-        if not isinstance(value, str):
-            return list(value)
-        try:
-            return [self._parse(part.strip()) for part in value.split(",")]
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class _Rate(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """Requests a second, or inf."""
-
-    name = "rate"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        if value in ("inf", float("inf")):
-            return float("inf")
-        try:
-            rate = float(value)
-        except ValueError:
-            rate = 0.0
-        if not 0 < rate <= MOST_A_SECOND:
-            self.fail(
-                f"{value!r:.80} must be a number above 0, at most {MOST_A_SECOND:.0f}, or inf",
-                param,
-                ctx,
-            )
-        return rate
 
 
 def _strategy(text: str) -> str:
@@ -107,29 +67,29 @@ def _count(most: int) -> Callable[[str], int]:
     return parse
 
 
-LENGTHS = _List("lengths", Lengths.parse)
-_FILE = click.Path(dir_okay=False, path_type=Path)
+LENGTHS = ListOf("lengths", Lengths.parse)
 
 
 @click.command(
-    epilog="\b\nExamples:\n"
-    "  llama-run bench --quick\n"
-    "  llama-run bench --batch-sizes 1,8,32 --report bench.html --json bench.json\n"
-    "  llama-run bench --dataset-path sharegpt.json --strategies static,continuous\n"
-    "  llama-run bench --serve http://127.0.0.1:8000 --max-concurrency 1,8,32"
+    epilog=examples(
+        "llama-run bench --quick",
+        "llama-run bench --batch-sizes 1,8,32 --report bench.html --json bench.json",
+        "llama-run bench --dataset-path sharegpt.json --strategies static,continuous",
+        "llama-run bench --serve http://127.0.0.1:8000 --max-concurrency 1,8,32",
+    )
 )
 @bundle_option
 @click.option(
     "--strategies",
     metavar="NAME,NAME",
-    type=_List("strategies", _strategy),
+    type=ListOf("strategies", _strategy),
     default=",".join(STRATEGIES),
     help="Of sequential, concurrent, static and continuous.  [default: all]",
 )
 @click.option(
     "--batch-sizes",
     metavar="N,N",
-    type=_List("sizes", _count(1024)),
+    type=ListOf("sizes", _count(1024)),
     help="How many requests run at once, one after the other.  [default: 1,2,4,8,16,32]",
 )
 @click.option(
@@ -161,7 +121,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--dataset-path",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="Conversations in ShareGPT's form; the first question of each is asked.",
 )
 @click.option(
@@ -200,40 +160,33 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--max-concurrency",
     metavar="N,N",
-    type=_List("numbers", _count(MAX_AT_ONCE)),
+    type=ListOf("numbers", _count(MAX_AT_ONCE)),
     help="The most requests at once, one number after the other.  [default: all]",
 )
 @click.option(
     "--request-rate",
     metavar="X",
-    type=_Rate(),
+    type=Rate(),
     default="inf",
     show_default=True,
     help="Requests a second, as a Poisson process; inf asks all at once.",
 )
-@click.option(
-    "--request-timeout",
-    metavar="SECONDS",
-    type=SECONDS,
-    default=600.0,
-    show_default=True,
-    help="What a request may take in all.",
-)
+@request_timeout_option
 @click.option(
     "--api-key-file",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help=f"The server's key, the first line.  [default: {KEY} of the environment]",
 )
 @click.option(
     "--json",
     "json_file",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="Write all figures; - prints them in place of the table.",
 )
-@click.option("--csv", "csv_file", metavar="FILE", type=_FILE, help="Write a line for each run.")
-@click.option("--report", metavar="FILE", type=_FILE, help="Write a page of HTML with charts.")
+@click.option("--csv", "csv_file", metavar="FILE", type=FILE, help="Write a line for each run.")
+@click.option("--report", metavar="FILE", type=FILE, help="Write a page of HTML with charts.")
 @click.option(
     "--plots",
     metavar="FOLDER",
@@ -279,7 +232,7 @@ def bench(
     """
     _check_modes(ctx, serving=url is not None)
     outputs = {"json": json_file, "csv": csv_file, "report": report}
-    check_places(outputs, plots)
+    _check_places(outputs, plots)
     name, path = given.pop("dataset_name"), given["dataset_path"]
     if (name == "sharegpt" and path is None) or (name == "synthetic" and path is not None):
         raise RequestError(
@@ -310,7 +263,7 @@ def _check_modes(ctx: click.Context, *, serving: bool) -> None:
             raise RequestError(f"{option} {rule}", param=name)
 
 
-def check_places(files: dict[str, Path | None], plots: Path | None) -> None:
+def _check_places(files: dict[str, Path | None], plots: Path | None) -> None:
     """See that everything can be written, before hours have been spent.
 
     Raises:
@@ -330,19 +283,11 @@ def check_places(files: dict[str, Path | None], plots: Path | None) -> None:
         raise RequestError(f"--plots: the folder {plots.parent} does not exist", param="plots")
 
 
-def _fill(given: dict[str, Any], usual: dict[str, str | int], *, has_data: bool) -> None:
-    """What the user leaves to us."""
+def _fill(given: dict[str, Any], usual: dict[str, Any], *, has_data: bool) -> None:
+    """What the user leaves to us; a data set has lengths of its own."""
     for name, value in usual.items():
-        if given[name] is not None or (has_data and name in ("input_lens", "output_lens")):
-            continue
-        parse = {
-            "batch_sizes": _count(1024),
-            "input_lens": Lengths.parse,
-            "output_lens": Lengths.parse,
-        }
-        given[name] = (
-            [parse[name](v) for v in value.split(",")] if isinstance(value, str) else value
-        )
+        if given[name] is None and not (has_data and name in ("input_lens", "output_lens")):
+            given[name] = value
 
 
 def _local(given: dict[str, Any], console: Console) -> dict[str, Any]:

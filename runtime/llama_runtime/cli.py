@@ -14,6 +14,7 @@ from typing import Any, Literal
 import click
 
 from llama_runtime import __version__
+from llama_runtime.batch_cli import batch
 from llama_runtime.bench_cli import bench
 from llama_runtime.cli_options import (
     bundle_option,
@@ -22,24 +23,20 @@ from llama_runtime.cli_options import (
     generation_options,
     given,
     max_batch_option,
+    max_len_option,
     prefix_tokens_option,
     threads_option,
 )
-from llama_runtime.command_line import FAILED, Commands, print_out
+from llama_runtime.command_line import FAILED, Commands, examples, print_out
 from llama_runtime.errors import CapacityError, RequestError
 from llama_runtime.progress import Console
 from llama_runtime.serve_cli import serve
 
 
-def _examples(*lines: str) -> str:
-    """The end of a help text; the first character keeps click from rewrapping the lines."""
-    return "\b\n" + "\n".join(["Examples:" if len(lines) > 1 else "Example:", *lines])
-
-
 @click.group(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=_examples("  llama-run batch prompts.txt"),
+    epilog=examples("llama-run batch prompts.txt"),
 )
 @click.version_option(__version__, message="Caravan %(version)s (llama-run)")
 def cli() -> None:
@@ -49,162 +46,15 @@ def cli() -> None:
     """
 
 
+cli.add_command(batch)
 cli.add_command(serve)
 cli.add_command(bench)
 
 
 @cli.command(
-    epilog=_examples(
-        "  llama-run batch prompts.txt",
-        "  llama-run batch questions.jsonl --max-tokens 64 --temperature 0.7 --seed 1",
-        "  llama-run batch requests.jsonl.gz --output answers.jsonl --report job.html",
-        "  llama-run batch requests.jsonl.gz --output answers.jsonl --retry-errors",
-        "  cat prompts.txt | llama-run batch - --quiet > results.jsonl",
-    )
-)
-@click.argument("file")
-@click.option(
-    "-o",
-    "--output",
-    metavar="FILE",
-    help="Where the results go, and what it takes to go on; - is standard output, which keeps "
-    "nothing.  [default: FILE with its ending replaced by "
-    ".results.jsonl; standard output for standard input]",
-)
-@click.option("--force", is_flag=True, help="Begin anew where there are results already.")
-@click.option("--unordered", is_flag=True, help="Write results as rows end, not in their order.")
-@click.option(
-    "--no-spool",
-    is_flag=True,
-    help="Answer the rows of a stream as they come and keep none: the job can't be resumed.",
-)
-@click.option(
-    "--workers",
-    metavar="N",
-    type=click.IntRange(1, 1024),
-    default=1,
-    help="Processes, each with a model: one for each device, or each group of processors.  "
-    "[default: 1]",
-)
-@click.option(
-    "--ray",
-    metavar="ADDRESS",
-    help="Run the workers on a Ray cluster: HOST:PORT of its head node, auto or local. Bundle and "
-    "output must be at the same paths on all nodes.",
-)
-@click.option("--retry-errors", is_flag=True, help="Run the rows again that failed.")
-@click.option(
-    "--verify",
-    is_flag=True,
-    help="Compare finished results with the rows: each once, in its place. Nothing is run.",
-)
-@click.option(
-    "--report",
-    metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write a page of HTML about the job: throughput, lengths, latency.",
-)
-@generation_options
-@control_tokens_option
-@max_batch_option
-@click.option(
-    "--max-len",
-    metavar="N",
-    type=click.IntRange(min=1),
-    help="The most tokens of a prompt and its completion; a longer row fails.  [default: that of "
-    "the longest row; for standard input what fits of the model's limit, at most 4096]",
-)
-@prefix_tokens_option
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
-def batch(
-    file: str,
-    output: str | None,
-    force: bool,
-    unordered: bool,
-    no_spool: bool,
-    workers: int,
-    ray: str | None,
-    retry_errors: bool,
-    verify: bool,
-    report: Path | None,
-    bundle: Path,
-    chat: bool | None,
-    threads: int | None,
-    devices: list[int] | None,
-    allow_control_tokens: bool,
-    max_batch: int | Literal["auto"] | None,
-    max_len: int | None,
-    prefix_tokens: int | None,
-    quiet: bool,
-    **sampling: Any,
-) -> None:
-    """Complete every row of FILE. Interrupted, the same command goes on.
-
-    FILE is text with a prompt a line (.txt), JSON with an object a line (.jsonl), requests of
-    OpenAI's Batch API, or a parquet file; what it is, and whether it is compressed by gzip, is told
-    by what is in it. "-" is standard input. An object has "prompt" (a text) or "messages" (a list
-    of {"role", "content"}), and if wanted "id" and any of the options below that say how it is
-    continued, as max_tokens, top_p, stop, logit_bias and so on, which go before those given here.
-    Blank lines are skipped and don't count.
-
-    The results are one JSON object a line, in the order of the rows: index (from 0), id, prompt,
-    text, token_ids, finish_reason (stop, length or error), usage, seed, error; stop_text, logprobs
-    and prompt_logprobs where they are asked for. With -n above 1, "samples" holds what belongs to
-    each. Requests of OpenAI's API have the results of that API, and errors a file of their own. A
-    row that can't run says why in "error", and the others go on. A row run alone with its seed
-    gives the same text.
-
-    OUTPUT.job holds what it takes to go on: rows that are done stay done, a line that was cut off
-    is done again, and other rows, another bundle or other options are refused. It also keeps the
-    rows of standard input, and a summary.json.
-
-    With --seed, each row gets a seed of its own, made from this one and the row's index.
-
-    Exit status: 0 all rows went well, 1 some failed or the job can't go on, 2 wrong use, 130 and
-    143 interrupted; what is written by then is whole.
-    """
-    if verify and (force or retry_errors or report is not None):
-        raise RequestError(
-            "--verify runs nothing: leave --force, --retry-errors and --report out", param="verify"
-        )
-    from llama_runtime.batch.command import run
-    from llama_runtime.batch.results.destination import check_report, destination
-    from llama_runtime.batch.rows.source import Source
-    from llama_runtime.batch.settings import Settings
-
-    source = Source.named(file)
-    path = destination(source, output)
-    if report is not None:
-        check_report(report, source, path)
-    settings = Settings(
-        bundle=bundle,
-        options=given(sampling),
-        chat=chat,
-        allow_control_tokens=allow_control_tokens,
-        max_batch=max_batch,
-        max_len=max_len,
-        threads=threads,
-        devices=devices,
-        prefix_tokens=prefix_tokens,
-        unordered=unordered,
-        spool=not no_spool,
-        force=force,
-        workers=workers,
-        ray=ray,
-        retry_errors=retry_errors,
-        verify=verify,
-        report=report,
-    )
-    mixed = path is None and sys.stdout.isatty()
-    console = Console(sys.stderr, quiet=quiet, with_status=not mixed)
-    if not run(source, path, settings, console):
-        click.get_current_context().exit(FAILED)
-
-
-@cli.command(
-    epilog=_examples(
-        '  llama-run generate "Why is the sky blue?"',
-        '  llama-run generate --no-chat "Once upon a time" --temperature 0.8',
+    epilog=examples(
+        'llama-run generate "Why is the sky blue?"',
+        'llama-run generate --no-chat "Once upon a time" --temperature 0.8',
     )
 )
 @click.argument("prompt")
@@ -268,11 +118,11 @@ def generate(
 
 
 @cli.command(
-    epilog=_examples(
-        "  llama-run chat",
-        '  llama-run chat --system "Answer in one sentence." --temperature 0.7',
-        "  llama-run chat --load talk.json",
-        '  echo "Why is the sky blue?" | llama-run chat',
+    epilog=examples(
+        "llama-run chat",
+        'llama-run chat --system "Answer in one sentence." --temperature 0.7',
+        "llama-run chat --load talk.json",
+        'echo "Why is the sky blue?" | llama-run chat',
     )
 )
 @click.option("--system", metavar="TEXT", help="What the model is told before all messages.")
@@ -338,7 +188,7 @@ def chat(
     click.get_current_context().exit(run(settings))
 
 
-@cli.command(epilog=_examples("  llama-run inspect --bundle ./bundle"))
+@cli.command(epilog=examples("llama-run inspect --bundle ./bundle"))
 @bundle_option
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest itself.")
 def inspect(bundle: Path, as_json: bool) -> None:
@@ -352,9 +202,9 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
 @cli.command(
     name="eval",
-    epilog=_examples(
-        "  llama-run eval --bundle ./bundle",
-        "  llama-run eval --limit 4000 --json",
+    epilog=examples(
+        "llama-run eval --bundle ./bundle",
+        "llama-run eval --limit 4000 --json",
     ),
 )
 @bundle_option
@@ -391,22 +241,16 @@ def evaluate(bundle: Path, threads: int | None, limit: int | None, as_json: bool
 
 
 @cli.command(
-    epilog=_examples(
-        "  llama-run plan",
-        "  llama-run plan --max-batch 64 --max-len 2048",
-        "  llama-run plan --json",
+    epilog=examples(
+        "llama-run plan",
+        "llama-run plan --max-batch 64 --max-len 2048",
+        "llama-run plan --json",
     )
 )
 @bundle_option
 @devices_option
 @max_batch_option
-@click.option(
-    "--max-len",
-    metavar="N",
-    type=click.IntRange(min=1),
-    help="The most tokens of a prompt and its completion.  [default: what fits of the model's "
-    "limit, at most 4096]",
-)
+@max_len_option
 @prefix_tokens_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, sizes in bytes.")
 def plan(
@@ -447,9 +291,9 @@ def plan(
 
 
 @cli.command(
-    epilog=_examples(
-        "  llama-run collect-env",
-        "  llama-run collect-env --bundle ./bundle --json",
+    epilog=examples(
+        "llama-run collect-env",
+        "llama-run collect-env --bundle ./bundle --json",
     )
 )
 @click.option(

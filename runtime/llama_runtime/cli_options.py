@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from llama_runtime.cli_types import SECONDS, Devices, MaxBatch
 from llama_runtime.constraints import MAX_CONSTRAINT_BYTES
 from llama_runtime.errors import RequestError
 
@@ -23,34 +24,10 @@ bundle_option = click.option(
 )
 
 
-class _Devices(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # older clicks have none
-    """Numbers with commas between them."""
-
-    name = "devices"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
-        try:
-            return [int(part) for part in value.split(",")]
-        except ValueError:
-            self.fail(f"{value!r:.80} must be numbers such as 0 or 0,1", param, ctx)
-
-
-class _MaxBatch(click.IntRange):
-    """A whole number from 1 on, or "auto"."""
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if value == "auto":
-            return "auto"
-        try:
-            return int(super().convert(value, None, None))
-        except click.BadParameter:
-            self.fail(f"{value!r:.80} must be a number from 1 on, or auto", param, ctx)
-
-
 devices_option = click.option(
     "--devices",
     metavar="N,N",
-    type=_Devices(),
+    type=Devices(),
     envvar="LLAMA_RUN_DEVICES",
     show_envvar=True,
     help="CUDA devices to run on, an engine on each, for a bundle built for CUDA.  [default: 0]",
@@ -64,9 +41,16 @@ threads_option = click.option(
 max_batch_option = click.option(
     "--max-batch",
     metavar="N|auto",
-    type=_MaxBatch(min=1),
+    type=MaxBatch(min=1),
     help="Prompts that run at once, on each device; auto finds the number that is fastest, up to "
     "128, and 256 on CUDA, as memory allows.  [default: auto in batch; else 32, and 128 on CUDA]",
+)
+max_len_option = click.option(
+    "--max-len",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="The context: the most tokens of a prompt and its completion.  [default: what fits of "
+    "the model's limit, at most 4096]",
 )
 prefix_tokens_option = click.option(
     "--prefix-tokens",
@@ -75,7 +59,14 @@ prefix_tokens_option = click.option(
     help="Tokens of prompts that are kept, so that prompts which begin alike needn't compute them "
     "again; 0 turns it off.  [default: what fits, at most 4096; all of the cache on CUDA]",
 )
-
+request_timeout_option = click.option(
+    "--request-timeout",
+    metavar="SECONDS",
+    type=SECONDS,
+    default=600.0,
+    show_default=True,
+    help="What a request may take in all.",
+)
 control_tokens_option = click.option(
     "--allow-control-tokens",
     is_flag=True,

@@ -84,6 +84,12 @@ class Commands(click.Group):
         return result if isinstance(result, int) else 0
 
 
+def examples(*lines: str) -> str:
+    """The end of a help text; the first character keeps click from rewrapping the lines."""
+    title = "Examples:" if len(lines) > 1 else "Example:"
+    return "\b\n" + "\n".join([title, *(f"  {line}" for line in lines)])
+
+
 def print_out(text: str) -> None:
     """Write to standard output, in UTF-8 whatever the terminal says, and at once.
 

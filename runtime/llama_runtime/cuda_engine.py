@@ -8,12 +8,13 @@ from pathlib import Path
 from llama_runtime.backends.cuda_device import Device
 from llama_runtime.backends.ort_cuda import OrtCuda
 from llama_runtime.batch_sizer import BatchSizer
+from llama_runtime.chunk import any_chunk
 from llama_runtime.contract import DType, Geometry
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
 from llama_runtime.grammars import GrammarCompiler
 from llama_runtime.paged_cache import PagedCache
-from llama_runtime.scheduler import Scheduler, any_chunk
+from llama_runtime.scheduler import Scheduler
 
 # A step of one short prompt takes about as long here as one that decodes for everybody. 8 decoding
 # steps of a 1B model are 11 ms; among completions of 40 tokens a slot is empty for a tenth of them.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from llama_runtime.contract import DType, max_logits_rows
 from llama_runtime.memory_plan import MAX_BATCH, MemoryPlan, megabytes
-from llama_runtime.paged_batch import row_buckets
+from llama_runtime.step_arrays import row_buckets
 
 ITEM_BYTES = 2  # of activations
 TABLE_BYTES = 6  # of each token of the vocabulary for each slot: how often it came, its bias

@@ -18,6 +18,7 @@ from typing import NamedTuple, Unpack
 
 from llama_runtime.backends.base import Launched, Runner
 from llama_runtime.batch_sizer import BatchSizer
+from llama_runtime.chunk import Chunk
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.errors import BackendError, CaravanError, RequestError, backend_error
 from llama_runtime.events import Counters, TokenEvent
@@ -26,12 +27,12 @@ from llama_runtime.growth import grow, late_error, rest_of_text
 from llama_runtime.new_sequence import new_sequence
 from llama_runtime.params import SamplingParams
 from llama_runtime.sampling import NOT_FINITE
-from llama_runtime.scheduler import Chunk, Scheduler
+from llama_runtime.scheduler import Scheduler
 from llama_runtime.sequence import FinishReason, Origin, Sequence, TokenLogprob
 
 
 class Engine:
-    """Add sequences, step, read events.
+    """Add sequences, step, read events; ``load`` makes one of a bundle.
 
     Args:
         runner: runs steps; the engine owns and closes it.

@@ -1,8 +1,8 @@
-"""From what a completion is held to, to the tokens that may come next.
+"""From what a completion is held to, to where it is in its grammar.
 
-``llguidance`` compiles a constraint against the vocabulary and says, as a completion grows, which
-tokens keep it within the grammar: one bit a token, in some microseconds. It needs no torch, holds
-no lock of Python while it computes, and is imported with the first constraint.
+``llguidance`` compiles a constraint against the vocabulary and follows a completion as it grows;
+``grammar_masks`` asks it which tokens may come next. It needs no torch, holds no lock of Python
+while it computes, and is imported with the first constraint.
 """
 
 from __future__ import annotations
@@ -12,13 +12,8 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from collections.abc import Sequence as Seq
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
-import numpy.typing as npt
 
 from llama_runtime import grammar_check
 from llama_runtime.constraints import Constraint
@@ -28,8 +23,6 @@ from llama_runtime.schema_rules import kept_schema
 
 if TYPE_CHECKING:
     import llguidance
-
-Masks = npt.NDArray[np.int32]
 
 MAX_RENEWALS = 3  # of one completion, which after that is believed to be at fault
 MAX_COMPILED = 128  # constraints that are kept, the latest ones
@@ -185,64 +178,6 @@ class GrammarCompiler:
                 raise _refused(constraint, reason) from error
             self._opened = vocabulary, tokenizer
         return self._opened
-
-
-class MaskFiller:
-    """Computes the masks of many matchers side by side.
-
-    Args:
-        threads: of the computation.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._executor: llguidance.LLExecutor | None = None
-
-    def fill(self, rows: Seq[tuple[int, Matcher, Seq[int]]], masks: Masks) -> None:
-        """Write which tokens may come next.
-
-        Where a matcher can't compute it within its limits, it is the end; ``Matcher.end`` says so.
-
-        Args:
-            rows: the row of a matcher, and guesses at its next tokens; the rows after that one
-                take what may follow them, up to the first that isn't allowed.
-            masks: [R, ceil(V / 32)], a bit a token, the lowest first; other rows stay as they are.
-        """
-        import llguidance
-
-        if self._executor is None:
-            self._executor = llguidance.LLExecutor(self._threads)
-        place = masks.ctypes.data, masks.shape[1] * masks.itemsize, masks.shape[0]
-        single = [(matcher.state, row) for row, matcher, draft in rows if not draft]
-        # On copies, which a wrong guess may break.
-        guessed = [
-            (matcher.state.deep_copy(), row, list(draft)) for row, matcher, draft in rows if draft
-        ]
-        if single:
-            self._executor.unsafe_compute_mask_ptr(single, *place)
-        if guessed:
-            self._executor.unsafe_compute_mask_ptr_with_draft_token(guessed, *place)
-        for row, matcher, _ in rows:
-            if matcher.state.is_error():
-                with suppress(RequestError):  # which its next token says
-                    matcher.recover()
-                    self._executor.unsafe_compute_mask_ptr([(matcher.state, row)], *place)
-
-
-def mask_words(vocab_size: int) -> int:
-    """The int32 numbers of one mask."""
-    return -(-vocab_size // 32)
-
-
-def forbid(logits: npt.NDArray[np.float32], mask: Masks) -> None:
-    """Put tokens out of reach.
-
-    Args:
-        logits: [V], written into.
-        mask: [ceil(V / 32)].
-    """
-    allowed = np.unpackbits(mask.view(np.uint8), bitorder="little", count=len(logits))
-    np.copyto(logits, np.float32(-np.inf), where=allowed == 0)
 
 
 def _compile(

@@ -17,6 +17,7 @@ from math import prod
 from pathlib import Path
 
 from llama_runtime.errors import BackendError
+from llama_runtime.protocol_buffers import MessageError, read_fields, read_number
 
 MAX_GRAPH_BYTES = 2**26  # that of 30 layers has less than 2^20
 MAX_DIMENSIONS = 8
@@ -63,9 +64,6 @@ OPERATORS = {
 
 # Bits of one element, by the number of the type in onnx.proto.
 _BITS = {1: 32, 2: 8, 3: 8, 6: 32, 7: 64, 10: 16, 11: 64, 16: 16, 21: 4, 22: 4}
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-
-Fields = Iterator[tuple[int, int | memoryview]]
 
 
 def check_graph(path: Path, operators: Mapping[str, Collection[str]] = OPERATORS) -> None:
@@ -235,38 +233,13 @@ def _entry(message: memoryview) -> tuple[str, str]:
     return parts[1], parts[2]
 
 
-def _fields(message: memoryview) -> Fields:
-    """The fields of a protocol buffers message: their numbers, and integers or bytes."""
-    position, end = 0, len(message)
-    while position < end:
-        key, position = _varint(message, position)
-        number, wire = key >> 3, key & 7
-        if wire == _VARINT:
-            value, position = _varint(message, position)
-            yield number, value
-            continue
-        if wire == _BYTES:
-            size, position = _varint(message, position)
-        elif wire in (_FIXED32, _FIXED64):
-            size = 4 if wire == _FIXED32 else 8
-        else:
-            raise _RefusedError("it is not an ONNX graph")
-        if size > end - position:
-            raise _RefusedError("it is not an ONNX graph, or cut short")
-        yield number, message[position : position + size]
-        position += size
-
-
-def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while position < len(message) and shift < 70:
-        byte = message[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-    raise _RefusedError("it is not an ONNX graph, or cut short")
+def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """The fields of a message: their numbers, and integers or bytes."""
+    try:
+        for field in read_fields(message):
+            yield field.number, field.value
+    except MessageError as error:
+        raise _RefusedError(f"it is not an ONNX graph: {error}") from error
 
 
 def _message(value: int | memoryview) -> memoryview:
@@ -292,7 +265,7 @@ def _integers(value: int | memoryview) -> list[int]:
         return [_integer(value)]
     numbers, position = [], 0
     while position < len(value):
-        number, position = _varint(value, position)
+        number, position = read_number(value, position)
         numbers.append(_integer(number))
         if len(numbers) > MAX_DIMENSIONS:
             break

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from llama_runtime.grammars import MaskFiller, Masks, Matcher, mask_words
-from llama_runtime.scheduler import Chunk
+from llama_runtime.chunk import Chunk
+from llama_runtime.grammar_masks import MaskFiller, Masks, mask_words
+from llama_runtime.grammars import Matcher
 
 
 class HostMasks:

@@ -1,9 +1,11 @@
-"""What callers give as JSON, looked at."""
+"""JSON that comes from elsewhere, looked at."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
+from typing import NoReturn
 
 from llama_runtime.errors import RequestError, one_line
 
@@ -47,3 +49,26 @@ def is_deeper(value: object, levels: int) -> bool:
         return False
     items = value.values() if isinstance(value, dict) else value
     return levels == 0 or any(is_deeper(item, levels - 1) for item in items)
+
+
+def without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of ``json``'s pairs: of a key that comes twice, two readers may take other values.
+
+    Raises:
+        ValueError: one does.
+    """
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
+        raise ValueError(f"the key {twice!r:.80} comes twice")
+    return value
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """What ``json`` is to make of NaN and Infinity, which it would take.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"{name} is not a JSON number")

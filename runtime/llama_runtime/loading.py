@@ -53,12 +53,14 @@ class Loaded:
     """What ``load`` made of a bundle.
 
     Attributes:
-        encoder: its text side.
+        encoder: its text side: ``encode`` and ``encode_chat`` give the token ids that ``engine``
+            takes.
         memory_plan: what it may take of memory, which is there.
         threads: of the kernels; None on CUDA.
         default_params: sampling where the caller asks for none.
         grammars: what completions are held to is compiled by it, for all engines.
-        engine: ready to run.
+        engine: ready to run; the caller closes it. On several devices it is a group of engines with
+            the methods of one.
     """
 
     encoder: PromptEncoder
@@ -70,12 +72,22 @@ class Loaded:
 
 
 def load(
-    bundle: str | os.PathLike[str] | PromptEncoder,
-    settings: Settings,
+    bundle: str | os.PathLike[str] | PromptEncoder = "bundle",
+    settings: Settings | None = None,
     *,
-    verify: Literal["full", "size"] | None,
+    verify: Literal["full", "size"] | None = None,
 ) -> Loaded:
-    """Load a bundle; arguments and errors are those of ``LLM``."""
+    """Load a bundle for manual control: an ``Engine`` to step, instead of an ``LLM``.
+
+    Args:
+        bundle: as for ``LLM``.
+        settings: the other arguments of ``LLM``; None takes what is usual.
+        verify: how the bundle's files are checked; see ``open_bundle``.
+
+    Raises:
+        CaravanError: what ``LLM`` raises.
+    """
+    settings = settings or Settings()
     encoder = opened(bundle, verify=verify)
     config = encoder.bundle.generation_config
     params, eos = default_params(config), eos_token_ids(config)

@@ -8,14 +8,25 @@ Reading checks every field and refuses unknown ones, so the rest of the program 
 from __future__ import annotations
 
 import json
-import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NoReturn, TypeVar
 
 from llama_runtime.contract import Geometry
 from llama_runtime.errors import BundleError
+from llama_runtime.json_values import is_deeper, refuse_constant, without_repeats
+from llama_runtime.manifest_values import (
+    Object,
+    any_text,
+    file_name,
+    integer,
+    list_of,
+    mapping_of,
+    optional_text,
+    record,
+    sha256,
+    text,
+)
 
 SCHEMA_VERSION = 1
 
@@ -33,9 +44,6 @@ _GEOMETRY_LIMITS = Geometry(
 _MAX_FILE_BYTES = 2**50
 _MAX_NESTING = 32  # of lists and objects
 MANIFEST = "manifest.json"
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,17 +138,17 @@ class Manifest:
             BundleError: if it isn't JSON, is of another schema, or a field is missing, unknown or
                 not what it should be.
         """
-        root = _Object(_parse(data), "manifest.json")
-        _check_schema(root.take("schema", _integer(0, 10**9)))
+        root = Object(_parse(data), "manifest.json")
+        _check_schema(root.take("schema", integer(0, 10**9)))
         manifest = cls(
-            name=root.take("name", _text),
-            created_by=root.take("created_by", _mapping_of(_text)),
+            name=root.take("name", text),
+            created_by=root.take("created_by", mapping_of(text)),
             source=root.take("source", _source),
             licence=root.take("licence", _licence),
             geometry=root.take("geometry", _geometry),
-            graphs=root.take("graphs", _list_of(_graph)),
-            special_tokens=root.take("special_tokens", _mapping_of(_any_text)),
-            verification=root.take("verification", _mapping_of(lambda value, _: value)),
+            graphs=root.take("graphs", list_of(_graph)),
+            special_tokens=root.take("special_tokens", mapping_of(any_text)),
+            verification=root.take("verification", mapping_of(lambda value, _: value)),
             files=root.take("files", _files),
         )
         root.close()
@@ -152,8 +160,8 @@ def _parse(data: bytes) -> object:
     try:
         value = json.loads(
             data.decode("utf-8"),
-            object_pairs_hook=_without_repeats,
-            parse_constant=_refuse_constant,
+            object_pairs_hook=without_repeats,
+            parse_constant=refuse_constant,
         )
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -162,30 +170,9 @@ def _parse(data: bytes) -> object:
         ) from None
     except (ValueError, RecursionError) as error:
         raise BundleError(f"manifest.json is not JSON: {error}") from error
-    if _deeper_than(_MAX_NESTING, value):
+    if is_deeper(value, _MAX_NESTING):
         raise BundleError(f"manifest.json is nested over {_MAX_NESTING} levels deep")
     return value
-
-
-def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Of a key that comes twice, two readers may take different values."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r:.80} comes twice")
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _deeper_than(levels: int, value: object) -> bool:
-    if not isinstance(value, (list, dict)):
-        return False
-    items = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_deeper_than(levels - 1, item) for item in items)
 
 
 def _check_schema(schema: int) -> None:
@@ -215,98 +202,9 @@ def _check_references(manifest: Manifest) -> None:
         )
 
 
-class _Object:
-    """One JSON object whose keys are taken one by one until none may be left."""
-
-    def __init__(self, value: object, where: str) -> None:
-        self._left: dict[str, object] = dict(_mapping_of(lambda item, _: item)(value, where))
-        self._where = where
-
-    def take(self, key: str, read: Callable[[object, str], T]) -> T:
-        if key not in self._left:
-            raise BundleError(f"{self._where} has no '{key}'")
-        return read(self._left.pop(key), f"{self._where}: {key}")
-
-    def close(self) -> None:
-        if self._left:
-            raise BundleError(f"{self._where} has an unknown field '{min(self._left)}'")
-
-
-def _any_text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise BundleError(f"{where} must be text, not {value!r:.80}")
-    return value
-
-
-def _text(value: object, where: str) -> str:
-    """A text that is shown: a control character in it could change a terminal."""
-    text = _any_text(value, where)
-    if not text.isprintable():
-        raise BundleError(f"{where} must be text that prints on one line, not {value!r:.80}")
-    return text
-
-
-def _integer(low: int, high: int) -> Callable[[object, str], int]:
-    def read(value: object, where: str) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise BundleError(f"{where} must be a whole number in {low}..{high}, not {value!r:.80}")
-        return value
-
-    return read
-
-
-def _sha256(value: object, where: str) -> str:
-    if not _SHA256.fullmatch(_text(value, where)):
-        raise BundleError(f"{where} must be 64 lower-case hexadecimal digits, not {value!r:.80}")
-    return str(value)
-
-
-def _file_name(value: object, where: str) -> str:
-    """A name that stays inside the bundle on every operating system."""
-    name = _any_text(value, where)
-    outside = any(part in ("", ".", "..") or part[-1] in ". " for part in name.split("/"))
-    if outside or "\\" in name or ":" in name or not name.isprintable():
-        raise BundleError(f"{where}: {name!r:.80} is not the name of a file inside the bundle")
-    return name
-
-
-def _list_of(read: Callable[[object, str], T]) -> Callable[[object, str], tuple[T, ...]]:
-    def read_list(value: object, where: str) -> tuple[T, ...]:
-        if not isinstance(value, list):
-            raise BundleError(f"{where} must be a list, not {value!r:.80}")
-        return tuple(read(item, f"{where}[{index}]") for index, item in enumerate(value))
-
-    return read_list
-
-
-def _mapping_of(read: Callable[[object, str], T]) -> Callable[[object, str], dict[str, T]]:
-    def read_mapping(value: object, where: str) -> dict[str, T]:
-        if not isinstance(value, dict):
-            raise BundleError(f"{where} must be an object, not {value!r:.80}")
-        return {key: read(item, f"{where}: {key:.80}") for key, item in value.items()}
-
-    return read_mapping
-
-
-def _record(
-    make: Callable[..., T], **readers: Callable[[object, str], Any]
-) -> Callable[[object, str], T]:
-    def read(value: object, where: str) -> T:
-        given = _Object(value, where)
-        values = {key: given.take(key, reader) for key, reader in readers.items()}
-        given.close()
-        return make(**values)
-
-    return read
-
-
-def _optional_text(value: object, where: str) -> str | None:
-    return None if value is None else _text(value, where)
-
-
 def _geometry(value: object, where: str) -> Geometry:
     limits = {field.name: getattr(_GEOMETRY_LIMITS, field.name) for field in fields(Geometry)}
-    read = _record(Geometry, **{name: _integer(1, limit) for name, limit in limits.items()})
+    read = record(Geometry, **{name: integer(1, limit) for name, limit in limits.items()})
     geometry = read(value, where)
     if geometry.num_heads % geometry.num_kv_heads:
         raise BundleError(
@@ -317,8 +215,8 @@ def _geometry(value: object, where: str) -> Geometry:
 
 
 def _files(value: object, where: str) -> dict[str, FileEntry]:
-    entries = _mapping_of(_record(FileEntry, size=_integer(0, _MAX_FILE_BYTES), sha256=_sha256))
-    files = {_file_name(name, where): entry for name, entry in entries(value, where).items()}
+    entries = mapping_of(record(FileEntry, size=integer(0, _MAX_FILE_BYTES), sha256=sha256))
+    files = {file_name(name, where): entry for name, entry in entries(value, where).items()}
     spellings: dict[str, str] = {}
     for name in (MANIFEST, *files):
         other = spellings.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
@@ -329,6 +227,6 @@ def _files(value: object, where: str) -> dict[str, FileEntry]:
     return files
 
 
-_source = _record(Source, format=_text, file=_text, sha256=_sha256)
-_licence = _record(Licence, name=_optional_text, files=_list_of(_file_name))
-_graph = _record(Graph, dialect=_text, precision=_text, file=_file_name)
+_source = record(Source, format=text, file=text, sha256=sha256)
+_licence = record(Licence, name=optional_text, files=list_of(file_name))
+_graph = record(Graph, dialect=text, precision=text, file=file_name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from typing import Literal
@@ -61,9 +61,10 @@ class SamplingParams:
         seed: the sequence's random stream; None draws a fresh one, which the result records.
         n: how many completions to make, each with a random stream of its own.
         stop: up to 16 texts of up to 256 characters that end the completion where they first
-            appear, wherever the tokens' borders lie; one text counts as a list of one.
+            appear, wherever the tokens' borders lie; kept as a tuple, also of a single text.
         include_stop: whether the stop text is part of the completion's text.
-        stop_token_ids: tokens that end the completion, beside the model's own.
+        stop_token_ids: tokens that end the completion, beside the model's own; kept as a
+            frozenset.
         ignore_eos: go on past the model's end-of-text tokens (for measurements).
         logprobs: report each token's log-probability under the model itself, before any of the
             above.
@@ -76,7 +77,7 @@ class SamplingParams:
             that runs into ``max_tokens`` or a stop text before is cut off like any other.
         regex: hold it to a regular expression, which matches all of it; the classes
             for digits, words and spaces are ASCII.
-        choice: hold it to one of these texts.
+        choice: hold it to one of these texts; kept as a tuple.
         grammar: hold it to a grammar in the Lark dialect of ``llguidance``.
         speculation: "on" guesses the next tokens from what the prompt and the completion hold
             already, and has one step verify them all: the same distribution in fewer steps where a
@@ -108,16 +109,16 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     seed: int | None = None
     n: int = 1
-    stop: tuple[str, ...] = ()
+    stop: str | list[str] | tuple[str, ...] = ()
     include_stop: bool = False
-    stop_token_ids: frozenset[int] = field(default_factory=frozenset)
+    stop_token_ids: Collection[int] = frozenset()
     ignore_eos: bool = False
     logprobs: bool = False
     top_logprobs: int = 0
     prompt_logprobs: bool = False
     json_schema: Mapping[str, object] | bool | str | None = None
     regex: str | None = None
-    choice: tuple[str, ...] | None = None
+    choice: list[str] | tuple[str, ...] | None = None
     grammar: str | None = None
     speculation: Literal["off", "on", "auto"] = "off"
     priority: int = 0

@@ -7,11 +7,11 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from llama_runtime.backends.base import Backend, Outcome
+from llama_runtime.chunk import Chunk
 from llama_runtime.contract import MAX_DRAFT
 from llama_runtime.host_masks import HostMasks
 from llama_runtime.sampler import Sampler
 from llama_runtime.sampling import Logits
-from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence, TokenLogprob
 from llama_runtime.step_batch import Step, StepBatch
 

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from llama_runtime.grammars import Masks, forbid
+from llama_runtime.chunk import Chunk
+from llama_runtime.grammar_masks import Masks, forbid
 from llama_runtime.sampling import Int64s, Kernels, Logits, Scores, uniform
-from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence, TokenLogprob
 from llama_runtime.stopping import end_token_ids
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import click
 
@@ -13,9 +12,13 @@ from llama_runtime.cli_options import (
     bundle_option,
     devices_option,
     max_batch_option,
+    max_len_option,
     prefix_tokens_option,
+    request_timeout_option,
     threads_option,
 )
+from llama_runtime.cli_types import FILE, SECONDS, SECONDS_FROM_0
+from llama_runtime.command_line import examples
 from llama_runtime.progress import Console
 
 MIB = 2**20
@@ -24,26 +27,13 @@ MAX_INCOMING_BYTES = 2**40
 MAX_CONNECTIONS = 1_000_000
 MAX_QUEUED_REQUESTS = 1_000_000  # as AsyncLLM has them, which takes long to import
 MAX_QUEUED_TOKENS = 10**9
-LONGEST = 1e9
-
-
-class _Seconds(click.FloatRange):
-    """A time; what is no number lies in no range."""
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        seconds = float(super().convert(value, param, ctx))
-        if math.isnan(seconds):
-            self.fail(f"{value!r:.80} must be a number of seconds", param, ctx)
-        return seconds
-
-
-SECONDS = _Seconds(0, LONGEST, min_open=True)
 
 
 @click.command(
-    epilog="\b\nExamples:\n"
-    "  llama-run serve\n"
-    "  llama-run serve --host 0.0.0.0 --api-key-file keys.txt --served-model-name llama"
+    epilog=examples(
+        "llama-run serve",
+        "llama-run serve --host 0.0.0.0 --api-key-file keys.txt --served-model-name llama",
+    )
 )
 @bundle_option
 @click.option(
@@ -64,7 +54,7 @@ SECONDS = _Seconds(0, LONGEST, min_open=True)
 @click.option(
     "--api-key-file",
     metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     help="Keys, one a line; one of them has to come with every request but /health, /ping and "
     "/ready. Others on this machine may not read the file.",
 )
@@ -92,14 +82,7 @@ SECONDS = _Seconds(0, LONGEST, min_open=True)
     show_default=True,
     help="With so many prompt tokens waiting, the same.",
 )
-@click.option(
-    "--request-timeout",
-    metavar="SECONDS",
-    type=SECONDS,
-    default=600.0,
-    show_default=True,
-    help="What a request may take in all.",
-)
+@request_timeout_option
 @click.option(
     "--max-queue-time",
     metavar="SECONDS",
@@ -111,7 +94,7 @@ SECONDS = _Seconds(0, LONGEST, min_open=True)
 @click.option(
     "--shutdown-timeout",
     metavar="SECONDS",
-    type=_Seconds(0, LONGEST),
+    type=SECONDS_FROM_0,
     default=30.0,
     show_default=True,
     help="How long those who are being answered have after SIGTERM or Ctrl-C.",
@@ -154,13 +137,7 @@ SECONDS = _Seconds(0, LONGEST, min_open=True)
     help="Give the metrics by vLLM's names too, for boards and routers that know them.",
 )
 @max_batch_option
-@click.option(
-    "--max-len",
-    metavar="N",
-    type=click.IntRange(min=1),
-    help="The context: the most tokens of a prompt and its completion.  [default: what fits of "
-    "the model's limit, at most 4096]",
-)
+@max_len_option
 @threads_option
 @devices_option
 @prefix_tokens_option

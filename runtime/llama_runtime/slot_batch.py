@@ -14,8 +14,10 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from llama_runtime.chunk import Chunk
 from llama_runtime.errors import BackendError
-from llama_runtime.paged_batch import (
+from llama_runtime.sequence import Sequence
+from llama_runtime.step_arrays import (
     ROW,
     Bytes,
     Shapes,
@@ -24,8 +26,6 @@ from llama_runtime.paged_batch import (
     row_buckets,
     row_of,
 )
-from llama_runtime.scheduler import Chunk
-from llama_runtime.sequence import Sequence
 
 ALIGNMENT = 256  # bytes, of every address that TensorRT is given
 

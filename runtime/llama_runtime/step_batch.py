@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from llama_runtime.chunk import Chunk
 from llama_runtime.contract import MAX_CELLS, MAX_ROW_MULTIPLE, max_logits_rows
-from llama_runtime.scheduler import Chunk
 
 Int64s = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]

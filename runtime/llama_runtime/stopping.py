@@ -27,7 +27,7 @@ def end_token_ids(seq: Sequence, eos_token_ids: Collection[int]) -> Collection[i
     """The tokens that end this sequence."""
     if seq.params.ignore_eos:
         return seq.params.stop_token_ids
-    return seq.params.stop_token_ids.union(eos_token_ids)
+    return {*seq.params.stop_token_ids, *eos_token_ids}
 
 
 def reached_min_tokens(seq: Sequence) -> bool:

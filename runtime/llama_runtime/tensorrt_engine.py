@@ -8,12 +8,13 @@ from llama_runtime.backends.cuda_device import Device
 from llama_runtime.backends.cuda_sampler import CudaSampler
 from llama_runtime.backends.tensorrt_context import Contexts, TensorRtEngine
 from llama_runtime.backends.tensorrt_runner import TensorRtRunner, max_rows
+from llama_runtime.chunk import any_chunk
 from llama_runtime.contract import TENSORRT, DType, Geometry
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
 from llama_runtime.grammars import GrammarCompiler
 from llama_runtime.kv_cache import SlotCache
-from llama_runtime.scheduler import Scheduler, any_chunk
+from llama_runtime.scheduler import Scheduler
 from llama_runtime.tensorrt.library import Library
 from llama_runtime.tensorrt.limits import EngineLimits
 

@@ -13,8 +13,8 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import NoReturn
 
+from llama_runtime.json_values import refuse_constant
 from llama_runtime.tools import Tool, ToolDialect
 
 
@@ -268,9 +268,5 @@ def _expect(text: str, character: str, at: int) -> int:
     return at + 1
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
-
-
 # Nobody computes with the numbers, and Python's integers refuse thousands of digits.
-_JSON = json.JSONDecoder(parse_int=float, parse_constant=_refuse_constant)
+_JSON = json.JSONDecoder(parse_int=float, parse_constant=refuse_constant)

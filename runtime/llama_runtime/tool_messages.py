@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from llama_runtime.conversation import MAX_NESTING, read_conversation
 from llama_runtime.errors import RequestError, one_line
-from llama_runtime.json_values import is_deeper
+from llama_runtime.json_values import is_deeper, refuse_constant
 from llama_runtime.tools import Tool
 
 _CONVENTION = """\
@@ -136,7 +136,7 @@ def _call(call: object, place: str) -> dict[str, Any]:
 def _arguments(arguments: object, place: str) -> dict[str, object]:
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments, parse_constant=_refuse_constant)
+            arguments = json.loads(arguments, parse_constant=refuse_constant)
         except (ValueError, RecursionError) as error:
             raise _wrong(f"{place} must be an object as JSON: {one_line(error)}") from error
     if not isinstance(arguments, dict):
@@ -148,10 +148,6 @@ def _arguments(arguments: object, place: str) -> dict[str, object]:
     except UnicodeEncodeError as error:
         raise _wrong(f"{place} holds half of a surrogate pair, which is no character") from error
     return arguments
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _name_result(turn: dict[str, Any], names: Mapping[str, str], place: str) -> None:

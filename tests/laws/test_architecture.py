@@ -51,6 +51,14 @@ def test_layers_are_those_that_import_linter_enforces() -> None:
     assert between("layers").strip().strip("`").split("\n")[1:-1] == named[: named.index("params")]
 
 
+def test_the_table_of_laws_names_every_file_of_laws_and_every_proof() -> None:
+    table = PAGE.partition("\n## Laws\n")[2]
+    files = [*(ROOT / "tests" / "laws").glob("test_*.py"), *(ROOT / "scripts").glob("prove_*")]
+    names = {str(path.relative_to(ROOT)) for path in files}
+    missing = names - set(re.findall(r"`([\w/.]+)`", table))
+    assert missing == {"tests/laws/test_shared.py"}, "a law for the tests themselves"
+
+
 def test_every_file_the_page_names_exists() -> None:
     for path in re.findall(r"`((?:tests|scripts|docs)/[\w/.]+)`", PAGE):
         assert (ROOT / path).exists(), path

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from llama_runtime.backends.fake import Fake
+from llama_runtime.chunk import next_chunk
 from llama_runtime.contract import (
     MAX_CHUNK,
     MAX_DRAFT,
@@ -26,7 +27,6 @@ from llama_runtime.contract import (
 )
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.params import SamplingParams
-from llama_runtime.scheduler import next_chunk
 from llama_runtime.slots_engine import slots_engine
 from llama_runtime.step_batch import Step
 

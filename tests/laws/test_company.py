@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from llama_runtime.sequence import TokenLogprob
 from llama_runtime.slots_engine import slots_engine
 from llama_runtime.step_batch import Step
 from llama_runtime.tokenizer import Tokenizer
+from tests.wrapped_backend import Digested
 
 NUM_SLOTS = (4, 6, 13, 3, 8, 5, 7, 2, 6)
 CHUNKS, BUDGETS, NUM_BLOCKS = (33, 64, 100), (33, 64, 128), (0, 3, 8)
@@ -59,43 +59,25 @@ class Trace:
     num_reused: int
 
 
-class Recorded:
-    """A backend that keeps a digest of every row of logits that is sampled, and who ran together.
+class Recorded(Digested):
+    """Keeps a digest of every row of logits that is sampled, and who ran together.
 
     What lies behind each sequence's tokens is made NaN before every step: whoever reads what
     somebody else, or a wrong guess, has left there shows it.
     """
 
     def __init__(self, backend: OrtCpu) -> None:
-        self.row_multiple = backend.row_multiple
-        self._backend = backend
-        self.rows: dict[int, list[bytes]] = {}
+        super().__init__(backend)
+        self._cache = backend._cache
         self.neighbours: set[tuple[int, int]] = set()  # by the lengths of their prompts
 
     def run(self, step: Step) -> npt.NDArray[np.float32]:
         for chunk in step.chunks:
-            for buffer in self._backend._cache:
+            for buffer in self._cache:
                 buffer[chunk.seq.slot, :, chunk.seq.cache_len :] = np.nan
         lengths = sorted(chunk.seq.num_prompt_tokens for chunk in step.chunks)
         self.neighbours.update(combinations(lengths, 2))
-        logits = self._backend.run(step)
-        sampled = [chunk.seq.id for chunk in step.chunks for _ in range(chunk.num_sampled)]
-        for sequence_id, row in zip(sampled, logits, strict=False):
-            digest = blake2b(row.tobytes(), digest_size=16).digest()
-            self.rows.setdefault(sequence_id, []).append(digest)
-        return logits
-
-    def clean(self, slot: int, num_tokens: int) -> None:
-        self._backend.clean(slot, num_tokens)
-
-    def save_block(self, slot: int, start: int, block: int) -> None:
-        self._backend.save_block(slot, start, block)
-
-    def load_block(self, slot: int, start: int, block: int) -> None:
-        self._backend.load_block(slot, start, block)
-
-    def close(self) -> None:
-        self._backend.close()
+        return super().run(step)
 
 
 def pool(vocab_size: int) -> list[Request]:

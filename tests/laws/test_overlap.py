@@ -17,6 +17,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llama_runtime.backends.fake import Fake
+from llama_runtime.chunk import Chunk
 from llama_runtime.contract import MIN_CHUNK, cache_capacity
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
@@ -24,7 +25,6 @@ from llama_runtime.errors import BackendError, CaravanError
 from llama_runtime.events import TokenEvent
 from llama_runtime.paged_cache import PagedCache
 from llama_runtime.params import SamplingParams
-from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence, TokenLogprob
 from llama_runtime.slots_engine import slots_engine
 from tests.paged_engine import POISON, WatchedPaged, paged_engine

@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import cache
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -31,46 +30,29 @@ from llama_runtime.slots_engine import slots_engine
 from llama_runtime.step_batch import Step
 from llama_runtime.tokenizer import Tokenizer
 from tests.tiny_model import byte_level_tokenizer
+from tests.wrapped_backend import Digested
 
 NUM_REQUESTS, NUM_SHARED = 64, 512
 CHECKED = (0, 14, 15, 31)  # whose bits are looked at; two of them differ in the last token
 MAX_CHUNK = 128
 
 
-class Counted:
-    """A backend that counts the prompts' rows, and keeps a digest of each row that is sampled."""
+class Counted(Digested):
+    """Counts the prompts' rows, and keeps a digest of each row that is sampled."""
 
     def __init__(self, backend: Backend) -> None:
-        self.row_multiple = backend.row_multiple
-        self._backend = backend
+        super().__init__(backend)
         self.num_prompt_rows = 0
-        self.rows: dict[int, list[bytes]] = {}
 
     def run(self, step: Step) -> npt.NDArray[np.float32]:
-        logits = self._backend.run(step)
+        logits = super().run(step)
         for chunk in step.chunks:
             seq = chunk.seq
             if seq.cache_len < seq.num_prompt_tokens:
                 whole = seq.cache_len == last_chunk_start(seq.num_prompt_tokens)
                 assert whole == chunk.samples, "the last chunk runs whole"
                 self.num_prompt_rows += int(step.query_seqlens[(seq.slot or 0) - step.first_slot])
-        sampled = [chunk.seq.id for chunk in step.chunks if chunk.samples]
-        for sequence_id, row in zip(sampled, logits, strict=False):
-            digest = blake2b(row.tobytes(), digest_size=16).digest()
-            self.rows.setdefault(sequence_id, []).append(digest)
         return logits
-
-    def clean(self, slot: int, num_tokens: int) -> None:
-        self._backend.clean(slot, num_tokens)
-
-    def save_block(self, slot: int, start: int, block: int) -> None:
-        self._backend.save_block(slot, start, block)
-
-    def load_block(self, slot: int, start: int, block: int) -> None:
-        self._backend.load_block(slot, start, block)
-
-    def close(self) -> None:
-        self._backend.close()
 
 
 # --- on the real model --------------------------------------------------------------------------

@@ -25,15 +25,18 @@ PUBLIC = [
     "DeadlineError",
     "DependencyError",
     "Engine",
+    "Loaded",
     "MemoryPlan",
     "QueueFullError",
     "Request",
     "RequestError",
     "SamplingParams",
+    "Settings",
     "Stats",
     "TokenEvent",
     "TokenLogprob",
     "__version__",
+    "load",
     "open_bundle",
 ]
 

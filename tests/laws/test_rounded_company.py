@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from llama_runtime.slots_engine import slots_engine
 from llama_runtime.step_batch import Step
 from tests.int8_cache import NO_NUMBER, Int8Cached
 from tests.rounded import Rounded, write_rounded
+from tests.wrapped_backend import Digested
 
 MAX_LEN = 224
 LENGTHS = (1, 2, 31, 33, 34, 64, 66, 97, 129, 170)
@@ -50,40 +50,22 @@ class Trace:
     failed: bool
 
 
-class Recorded:
-    """A backend that keeps a digest of each sampled row, and overwrites what nobody may read."""
+class Recorded(Digested):
+    """Keeps a digest of each sampled row, and overwrites what nobody may read."""
 
     def __init__(self, backend: OrtCpu, choose: random.Random) -> None:
-        self.row_multiple = backend.row_multiple
-        self._backend = backend
-        is_float = backend._cache[0].dtype == np.float32
+        super().__init__(backend)
+        self._cache = backend._cache
+        is_float = self._cache[0].dtype == np.float32
         self._fill = np.nan if is_float else choose.choice((-128, 127))
-        self.rows: dict[int, list[bytes]] = {}
 
     def run(self, step: Step) -> npt.NDArray[np.float32]:
         used = {chunk.seq.slot: chunk.seq.cache_len for chunk in step.chunks}
-        for buffer in self._backend._cache:
+        for buffer in self._cache:
             for slot, cells in enumerate(buffer):
                 if slot in used:
                     cells[:, used[slot] :] = self._fill
-        logits = self._backend.run(step)
-        sampled = [chunk.seq.id for chunk in step.chunks for _ in range(chunk.num_sampled)]
-        for sequence_id, row in zip(sampled, logits, strict=False):
-            digest = blake2b(row.tobytes(), digest_size=16).digest()
-            self.rows.setdefault(sequence_id, []).append(digest)
-        return logits
-
-    def clean(self, slot: int, num_tokens: int) -> None:
-        self._backend.clean(slot, num_tokens)
-
-    def save_block(self, slot: int, start: int, block: int) -> None:
-        self._backend.save_block(slot, start, block)
-
-    def load_block(self, slot: int, start: int, block: int) -> None:
-        self._backend.load_block(slot, start, block)
-
-    def close(self) -> None:
-        self._backend.close()
+        return super().run(step)
 
 
 class Runner:

@@ -14,7 +14,6 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from llama_runtime.sequence import Sequence
 from llama_runtime.slots_engine import slots_engine
 from llama_runtime.step_batch import Step
 from llama_runtime.tokenizer import Tokenizer
+from tests.wrapped_backend import Wrapped, digest
 
 # --- on the fake backend: losslessness ----------------------------------------------------------
 
@@ -239,7 +239,7 @@ class Trace:
     token_ids: list[int] = field(default_factory=list)
 
 
-class Recorded:
+class Recorded(Wrapped):
     """A backend that keeps every row of logits that is sampled, or what `keep` makes of it.
 
     What lies behind each sequence's tokens is made NaN before every step: whoever reads what a
@@ -247,17 +247,17 @@ class Recorded:
     """
 
     def __init__(self, backend: OrtCpu, keep: Callable[[npt.NDArray[np.float32]], Any]) -> None:
-        self.row_multiple = backend.row_multiple
-        self._backend = backend
+        super().__init__(backend)
+        self._cache = backend._cache
         self._keep = keep
         self.traces: dict[int, Trace] = {}
 
     def run(self, step: Step) -> npt.NDArray[np.float32]:
         for chunk in step.chunks:
             start = chunk.seq.cache_len
-            for buffer in self._backend._cache:
+            for buffer in self._cache:
                 buffer[chunk.seq.slot, :, start : start + 2 * MAX_DRAFT] = np.nan
-        logits = self._backend.run(step)
+        logits = super().run(step)
         first = 0
         for chunk in step.chunks:
             rows = logits[first : first + chunk.num_sampled]
@@ -266,16 +266,6 @@ class Recorded:
                 trace = self.traces.setdefault(chunk.seq.id, Trace())
                 trace.steps.append((tuple(chunk.draft), tuple(self._keep(row) for row in rows)))
         return logits
-
-    def clean(self, slot: int, num_tokens: int) -> None:
-        self._backend.clean(slot, num_tokens)
-
-    def close(self) -> None:
-        self._backend.close()
-
-
-def digest(row: npt.NDArray[np.float32]) -> bytes:
-    return blake2b(row.tobytes(), digest_size=16).digest()
 
 
 class Runner:
@@ -311,7 +301,7 @@ class Runner:
         )
         recorded = Recorded(backend, keep)
         engine = slots_engine(
-            recorded,  # type: ignore[arg-type]  # it keeps no blocks, and nobody asks
+            recorded,
             self.tokenizer.byte_table,
             (),
             vocab_size=self.geometry.vocab_size,

@@ -22,7 +22,8 @@ from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
 from llama_runtime.errors import RequestError
 from llama_runtime.events import TokenEvent
-from llama_runtime.grammars import GrammarCompiler, MaskFiller, Masks, Matcher, mask_words
+from llama_runtime.grammar_masks import MaskFiller, Masks, mask_words
+from llama_runtime.grammars import GrammarCompiler, Matcher
 from llama_runtime.params import SamplingParams
 from llama_runtime.sequence import Sequence
 from llama_runtime.slots_engine import slots_engine

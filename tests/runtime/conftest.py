@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ main()
 """
 
 
-def write_fake_bundle(root: Path, *, chat: bool = True, **generation: Any) -> Path:
+def write_fake_bundle(
+    root: Path, *, chat: bool = True, max_positions: int = 512, **generation: Any
+) -> Path:
     """A bundle that `open_bundle` takes, whose graph is empty."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -88,7 +91,7 @@ def write_fake_bundle(root: Path, *, chat: bool = True, **generation: Any) -> Pa
         created_by={"caravan": "0.1.0"},
         source=Source("gguf", "fake.gguf", "0" * 64),
         licence=Licence("apache-2.0", ()),
-        geometry=FAKE_GEOMETRY,
+        geometry=replace(FAKE_GEOMETRY, max_positions=max_positions),
         graphs=(
             Graph("slots", "fp32", "decoder.onnx"),
             Graph("sampler", "fp32", "sampler.onnx"),
@@ -99,6 +102,11 @@ def write_fake_bundle(root: Path, *, chat: bool = True, **generation: Any) -> Pa
     )
     write_manifest(root, manifest)
     return root
+
+
+def write_roomy_bundle(root: Path) -> Path:
+    """One with room for tools, each of whose letters is a token, and with one end token."""
+    return write_fake_bundle(root, max_positions=4096, eos_token_id=257)
 
 
 @pytest.fixture
@@ -114,11 +122,10 @@ def raw_bundle(tmp_path: Path) -> Path:
     )
 
 
-@pytest.fixture
-def fake_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`LLM` in this process runs on the `Fake` backend."""
+def use_fakes(patch: pytest.MonkeyPatch, make: Callable[..., Fake] = Fake) -> None:
+    """Have models in this process run on `Fake` backends, or on what is made in their place."""
 
-    def make(
+    def backend(
         session: object,
         geometry: Geometry,
         *,
@@ -127,11 +134,17 @@ def fake_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         num_prefix_blocks: int,
         **_: object,
     ) -> Fake:
-        return Fake(num_slots, capacity, geometry.vocab_size, num_prefix_blocks=num_prefix_blocks)
+        return make(num_slots, capacity, geometry.vocab_size, num_prefix_blocks=num_prefix_blocks)
 
-    monkeypatch.setattr(loading, "open_session", lambda *_: None)
-    monkeypatch.setattr(loading, "OrtCpu", make)
-    monkeypatch.setattr(loading, "OrtSampler", lambda *_: Reference())
+    patch.setattr(loading, "open_session", lambda *_: None)
+    patch.setattr(loading, "OrtCpu", backend)
+    patch.setattr(loading, "OrtSampler", lambda *_: Reference())
+
+
+@pytest.fixture
+def fake_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`LLM` in this process runs on the `Fake` backend."""
+    use_fakes(monkeypatch)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from llama_runtime.backends.cuda_device import Device
 from llama_runtime.backends.fake_paged import FakePaged
 from llama_runtime.backends.ort_cuda import open_cuda_session
 from llama_runtime.bundle import Graph, open_bundle, write_manifest
+from llama_runtime.chunk import any_chunk
 from llama_runtime.cli import cli
 from llama_runtime.contract import PAGED
 from llama_runtime.cuda_plan import CudaPlan
@@ -31,7 +32,7 @@ from llama_runtime.errors import (
     RequestError,
 )
 from llama_runtime.paged_cache import PagedCache
-from llama_runtime.scheduler import Scheduler, any_chunk
+from llama_runtime.scheduler import Scheduler
 from tests.runtime.conftest import write_fake_bundle
 
 MEMORY = 80_000_000_000

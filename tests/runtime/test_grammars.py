@@ -19,15 +19,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.errors import RequestError
-from llama_runtime.grammars import (
-    MAX_COMPILED,
-    GrammarCompiler,
-    MaskFiller,
-    Masks,
-    Matcher,
-    forbid,
-    mask_words,
-)
+from llama_runtime.grammar_masks import MaskFiller, Masks, forbid, mask_words
+from llama_runtime.grammars import MAX_COMPILED, GrammarCompiler, Matcher
 from llama_runtime.params import SamplingParams
 
 CONTROL = ("<|end|>", "<|begin|>")

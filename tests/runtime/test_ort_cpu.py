@@ -16,10 +16,10 @@ import tokenizers
 
 from llama_runtime.backends.ort_cpu import OrtCpu, import_onnxruntime, open_session
 from llama_runtime.bundle import Bundle, open_bundle
+from llama_runtime.chunk import Chunk
 from llama_runtime.detokenizer import Detokenizer, TokenBytes
 from llama_runtime.errors import BackendError, DependencyError
 from llama_runtime.params import SamplingParams
-from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence
 from llama_runtime.step_batch import Step, StepBatch
 

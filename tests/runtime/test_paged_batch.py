@@ -15,25 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
+from llama_runtime.chunk import Chunk, any_chunk
 from llama_runtime.contract import PAGED, max_logits_rows
 from llama_runtime.detokenizer import Detokenizer, TokenBytes
-from llama_runtime.paged_batch import (
-    ALIGNMENT,
-    EDITED,
-    FILTERED,
-    GREEDY,
-    ROW,
-    Layout,
-    PagedBatch,
-    PagedStep,
-    column_bucket,
-    row_buckets,
-)
+from llama_runtime.paged_batch import Layout, PagedBatch, PagedStep, column_bucket
 from llama_runtime.paged_cache import PagedCache
 from llama_runtime.params import SamplingParams
 from llama_runtime.sampling import sampling_kind
-from llama_runtime.scheduler import Chunk, Scheduler, any_chunk
+from llama_runtime.scheduler import Scheduler
 from llama_runtime.sequence import Sequence
+from llama_runtime.step_arrays import ALIGNMENT, EDITED, FILTERED, GREEDY, ROW, row_buckets
 
 BYTE_LEVEL = Tokenizer(models.BPE({"a": 0}, []))
 BYTE_LEVEL.decoder = decoders.ByteLevel()

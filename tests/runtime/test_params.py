@@ -145,11 +145,19 @@ def test_a_refusal_says_the_value_and_the_limits() -> None:
 
 
 def test_parameters_are_values() -> None:
-    params = SamplingParams(stop_token_ids=[3, 1, 3])  # type: ignore[arg-type]
+    params = SamplingParams(stop_token_ids=[3, 1, 3])
     assert params == SamplingParams(stop_token_ids=frozenset({1, 3}))
     assert hash(params) == hash(dataclasses.replace(params))
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.seed = 1  # type: ignore[misc]
+
+
+def test_lists_do_as_well_for_the_type_checker_too() -> None:
+    params = SamplingParams(stop=["a", "b"], stop_token_ids={3, 1})
+    assert (params.stop, params.stop_token_ids) == (("a", "b"), frozenset({1, 3}))
+    assert SamplingParams(stop="a").stop == ("a",)
+    assert SamplingParams(choice=["yes", "no"]).choice == ("yes", "no")
+    assert dataclasses.replace(params, stop=["c"]).stop == ("c",)
 
 
 def test_temperature_0_and_only_that_is_greedy() -> None:

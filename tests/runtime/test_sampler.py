@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from llama_runtime.chunk import Chunk
 from llama_runtime.params import SamplingParams
 from llama_runtime.sampler import Sampler, edit
 from llama_runtime.sampling import NOT_FINITE, Kernels, Reference
-from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence
 from tests.sampling.frequencies import (
     CASES,

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
+from llama_runtime.chunk import Chunk
 from llama_runtime.contract import CHUNK_MULTIPLE, MAX_CELLS, MIN_CHUNK
 from llama_runtime.detokenizer import Detokenizer, TokenBytes
 from llama_runtime.kv_cache import SlotCache
 from llama_runtime.params import SamplingParams
-from llama_runtime.scheduler import Chunk, Scheduler
+from llama_runtime.scheduler import Scheduler
 from llama_runtime.sequence import Sequence
 
 BYTE_LEVEL = Tokenizer(models.BPE({"a": 0}, []))

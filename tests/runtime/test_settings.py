@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from llama_runtime import LLM, AsyncLLM, RequestError, SamplingParams, loading
+from llama_runtime import LLM, AsyncLLM, RequestError, SamplingParams, Settings, load, loading
 from llama_runtime.bundle import open_bundle
 from llama_runtime.engine import Engine
 from llama_runtime.loading import PROMPT_BUDGET
-from llama_runtime.settings import Settings
 
 
 def scheduler_of(llm: LLM) -> Any:
@@ -51,6 +50,22 @@ def test_what_tensorrt_has_no_use_for_is_refused(
     with pytest.raises(RequestError, match=f"{name} must be left out") as caught:
         loading._plan_tensorrt(open_bundle(fake_bundle), settings, [device])
     assert caught.value.param == name
+
+
+def test_an_engine_stepped_by_hand_is_that_of_the_facade(
+    fake_backend: None, fake_bundle: Path
+) -> None:
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    with LLM(fake_bundle, max_batch=2, max_len=64) as llm:
+        expected = llm.generate("Hello", params)[0].token_ids
+    loaded = load(fake_bundle, Settings(max_batch=2, max_len=64))
+    assert (loaded.engine.max_len, loaded.memory_plan.max_batch) == (64, 2)
+    loaded.engine.add(loaded.encoder.encode("Hello"), params)
+    token_ids = []
+    while loaded.engine.has_work:
+        token_ids += [event.token_id for event in loaded.engine.step()]
+    loaded.engine.close()
+    assert token_ids == expected
 
 
 def test_streams_are_known_to_be_read_and_others_not(

@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from llama_runtime.chunk import Chunk, any_chunk
 from llama_runtime.errors import BackendError
 from llama_runtime.kv_cache import SlotCache
 from llama_runtime.params import SamplingParams
-from llama_runtime.scheduler import Chunk, Scheduler, any_chunk
+from llama_runtime.scheduler import Scheduler
 from llama_runtime.sequence import Sequence
 from llama_runtime.slot_batch import ALIGNMENT, SlotBatch, SlotLayout, SlotStep
 

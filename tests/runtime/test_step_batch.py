@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
+from llama_runtime.chunk import Chunk
 from llama_runtime.contract import MAX_CELLS, MIN_CHUNK, SLOTS
 from llama_runtime.detokenizer import Detokenizer, TokenBytes
 from llama_runtime.params import SamplingParams
-from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence
 from llama_runtime.step_batch import Step, StepBatch
 

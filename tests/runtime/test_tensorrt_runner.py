@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from llama_runtime.backends.tensorrt_context import BoundContext, TensorRtEngine
+from llama_runtime.chunk import Chunk
 from llama_runtime.contract import TensorSpec
 from llama_runtime.errors import BackendError
 from llama_runtime.grammars import GrammarCompiler
 from llama_runtime.params import SamplingParams
-from llama_runtime.scheduler import Chunk
 from llama_runtime.tensorrt.kept import load_kept
 from llama_runtime.tensorrt.library import Library, import_tensorrt
 from llama_runtime.tensorrt.limits import DECODE, EngineLimits

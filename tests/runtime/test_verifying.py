@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llama_runtime.backends.fake import Fake
+from llama_runtime.chunk import Chunk
 from llama_runtime.contract import (
     MAX_CELLS,
     MAX_DRAFT,
@@ -33,7 +34,7 @@ from llama_runtime.events import TokenEvent
 from llama_runtime.kv_cache import SlotCache
 from llama_runtime.params import SamplingParams
 from llama_runtime.prompt_lookup import PromptLookup
-from llama_runtime.scheduler import Chunk, Scheduler
+from llama_runtime.scheduler import Scheduler
 from llama_runtime.sequence import Sequence
 from llama_runtime.slots_engine import slots_engine
 from llama_runtime.step_batch import Step, StepBatch

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from llama_runtime.scheduler import Chunk
+from llama_runtime.chunk import Chunk
 from llama_runtime.sequence import Sequence, TokenLogprob
 from llama_runtime.step_batch import Step
 

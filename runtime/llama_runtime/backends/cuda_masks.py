@@ -8,10 +8,10 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from llama_runtime.backends.cuda_device import Device
-from llama_runtime.grammars import MaskFiller, Masks, mask_words
+from llama_runtime.chunk import Chunk
+from llama_runtime.grammar_masks import MaskFiller, Masks, mask_words
 from llama_runtime.host_masks import grammar_rows
 from llama_runtime.machine import default_threads
-from llama_runtime.scheduler import Chunk
 
 MAX_THREADS = 8  # with a row each some microseconds, more wait for each other
 

@@ -91,7 +91,7 @@ class CudaSampler:
         )
 
     def sample(self, logits: int, rows: int, masks: int, num_rows: int) -> None:
-        """Queue that each row of logits becomes a token, as ``rows`` says (``paged_batch.ROW``).
+        """Queue that each row of logits becomes a token, as ``rows`` says (``step_arrays.ROW``).
 
         Args:
             logits: their address.
@@ -181,11 +181,6 @@ class CudaSampler:
             _pointer(values),
             _int(size),
         )
-
-
-def table_bytes(num_slots: int, vocab_size: int) -> int:
-    """Device memory of the tables that the sampler keeps for each slot."""
-    return (COUNT_BYTES + BIAS_BYTES) * num_slots * vocab_size
 
 
 def _pointer(address: int) -> ctypes.c_void_p:

@@ -9,8 +9,8 @@ import numpy as np
 
 from llama_runtime.backends.base import Outcome
 from llama_runtime.backends.cuda_device import Device
+from llama_runtime.chunk import Chunk
 from llama_runtime.contract import MAX_TOP_LOGPROBS
-from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import TokenLogprob
 
 STAGES = 3  # steps whose host memory is in use: planned, running, read

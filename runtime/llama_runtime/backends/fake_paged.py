@@ -10,23 +10,16 @@ import numpy.typing as npt
 
 from llama_runtime.backends.base import Outcome
 from llama_runtime.backends.fake import digest
+from llama_runtime.chunk import Chunk
 from llama_runtime.errors import BackendError
-from llama_runtime.grammars import MaskFiller, Masks, forbid, mask_words
+from llama_runtime.grammar_masks import MaskFiller, Masks, forbid, mask_words
 from llama_runtime.host_masks import grammar_rows
-from llama_runtime.paged_batch import (
-    EDITED,
-    FILTERED,
-    GREEDY,
-    MASKED,
-    Layout,
-    PagedBatch,
-    PagedStep,
-)
+from llama_runtime.paged_batch import Layout, PagedBatch, PagedStep
 from llama_runtime.paged_cache import PagedCache
 from llama_runtime.params import SamplingParams
 from llama_runtime.sampling import NOT_FINITE, Logits, Reference, draw, likeliest, uniform
-from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence, TokenLogprob
+from llama_runtime.step_arrays import EDITED, FILTERED, GREEDY, MASKED
 
 Views = dict[str, npt.NDArray[Any]]
 

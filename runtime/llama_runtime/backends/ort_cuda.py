@@ -26,12 +26,12 @@ from llama_runtime.backends.cuda_sampler import CudaSampler
 from llama_runtime.backends.cuda_scores import CudaScores
 from llama_runtime.backends.cuda_stage import STAGES, InFlight, Stage
 from llama_runtime.backends.ort_library import check_signature, import_library
+from llama_runtime.chunk import Chunk
 from llama_runtime.contract import CACHE_ITEM_BYTES, PAGED, DType, Geometry
 from llama_runtime.errors import BackendError, DependencyError
 from llama_runtime.graph_file import check_graph
 from llama_runtime.paged_batch import Layout, PagedBatch
 from llama_runtime.paged_cache import PagedCache
-from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence
 
 _ONNX_TYPES = {"float16": 10, "bfloat16": 16, "float8e4m3fn": 17, "int64": 7, "int32": 6}

@@ -19,9 +19,9 @@ from llama_runtime.backends.cuda_sampler import CudaSampler
 from llama_runtime.backends.cuda_scores import CudaScores
 from llama_runtime.backends.cuda_stage import STAGES, InFlight, Stage
 from llama_runtime.backends.tensorrt_context import BoundContext, Contexts
+from llama_runtime.chunk import Chunk
 from llama_runtime.contract import TENSORRT, DType, Geometry
 from llama_runtime.errors import BackendError
-from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence
 from llama_runtime.slot_batch import ALIGNMENT, SlotBatch, SlotLayout
 from llama_runtime.tensorrt.limits import DECODE, PROMPT, EngineLimits

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from llama_runtime.batch import report
 from llama_runtime.batch.figures.statistics import Statistics
@@ -19,23 +18,16 @@ from llama_runtime.batch.preparation import prepared
 from llama_runtime.batch.results.ledger import Ledger
 from llama_runtime.batch.rows.scan import Scan
 from llama_runtime.batch.rows.source import Source
-from llama_runtime.batch.runners.places import check_memory, places
-from llama_runtime.batch.runners.ray_runner import RayRunner
-from llama_runtime.batch.runners.runner import LocalRunner, RowRunner
-from llama_runtime.batch.runners.worker_spec import WorkerSpec
-from llama_runtime.batch.runners.workers import WorkerPool
+from llama_runtime.batch.runners.choice import checked_plan, chosen_runner
+from llama_runtime.batch.runners.runner import RowRunner
 from llama_runtime.batch.settings import Settings
 from llama_runtime.batch.work import Work
 from llama_runtime.bundle import open_bundle
 from llama_runtime.errors import CaravanError, RequestError
 from llama_runtime.generation_config import default_params
 from llama_runtime.interrupts import last_act
-from llama_runtime.llm import LLM
-from llama_runtime.loading import runs_on_gpu, runs_on_tensorrt
-from llama_runtime.memory_plan import MemoryPlan
 from llama_runtime.progress import Console
 from llama_runtime.prompt_encoder import PromptEncoder
-from llama_runtime.settings import DEFAULT_MAX_BATCH
 
 # Finished results that may wait for an earlier one, for each slot. When that many do, no new row is
 # begun until the one they wait for is done.
@@ -67,13 +59,9 @@ def run(source: Source, output: Path | None, settings: Settings, console: Consol
         allow_control_tokens=settings.allow_control_tokens,
     )
     console.say(report.settings(recipe))
-    on_gpu = runs_on_gpu(encoder.bundle)
 
     def check(scan: Scan) -> None:
-        if settings.ray is not None:
-            return  # each worker looks at the memory of its own machine
-        plan = _plan(encoder, settings, scan.longest, scan.rows)
-        check_memory(plan, settings.workers, on_gpu=on_gpu)
+        checked_plan(encoder, settings, scan.longest, scan.rows)
 
     with prepared(source, output, recipe, settings, console, check) as work:
         if settings.verify:
@@ -91,7 +79,7 @@ def run(source: Source, output: Path | None, settings: Settings, console: Consol
 def _run(work: Work, encoder: PromptEncoder, settings: Settings, console: Console) -> None:
     """Run what isn't done, and what is to be done again."""
     began = now()
-    with _runner(work, encoder, settings, console) as runner:
+    with chosen_runner(work, encoder, settings, console) as runner:
 
         def summarise() -> None:
             about = {**_about(work, encoder, settings), "started": began, "ended": now()}
@@ -168,78 +156,6 @@ def _run_again(work: Work, folder: JobFolder, runner: RowRunner, console: Consol
     console.say(report.retried(statistics, work.ledger))
 
 
-@contextmanager
-def _runner(
-    work: Work, encoder: PromptEncoder, settings: Settings, console: Console
-) -> Iterator[RowRunner]:
-    """What runs the rows: this process, or several."""
-    max_len = settings.max_len or (None if work.scan is None else work.scan.longest)
-    on_gpu = runs_on_gpu(encoder.bundle)
-    if settings.ray is None:
-        plan = _plan(encoder, settings, max_len, work.total)
-        check_memory(plan, settings.workers, on_gpu=on_gpu)
-        console.say(plan.summary())
-    spec = WorkerSpec(
-        bundle=str(settings.bundle.absolute()),
-        kind=work.kind,
-        options={**settings.options, "seed": work.recipe.params.seed},
-        chat=work.recipe.chat,
-        allow_control_tokens=settings.allow_control_tokens,
-        max_batch=_max_batch(encoder, settings, work.total),
-        max_len=max_len,
-        threads=settings.threads,
-        devices=None if settings.devices is None else list(settings.devices),
-        prefix_tokens=settings.prefix_tokens,
-    )
-    if settings.ray is not None:
-        with _on_ray(spec, settings.ray, work, settings, console) as ray_runner:
-            yield ray_runner
-        return
-    if settings.workers == 1:
-        with console.status(lambda: ["loading the model"]):
-            llm = spec.model(encoder)
-        with llm:
-            runner = LocalRunner(llm, work.form)
-            console.say(report.set_up(runner, settings.devices))
-            yield runner
-        return
-    shares = places(spec, settings.workers, on_gpu=on_gpu)
-    with console.status(lambda: [f"loading the model {settings.workers} times"]):
-        pool = WorkerPool(shares, work.form)
-    try:
-        console.say(report.set_up(pool, settings.devices))
-        yield pool
-        if pool.num_deaths:
-            console.say(f"processes that died and were started again: {pool.num_deaths}")
-    finally:
-        pool.close()
-
-
-@contextmanager
-def _on_ray(
-    spec: WorkerSpec, address: str, work: Work, settings: Settings, console: Console
-) -> Iterator[RayRunner]:
-    if work.folder is None:
-        raise RequestError(
-            "--ray needs a folder for the rows that aren't done, beside the results: give --output "
-            "a file that all nodes see",
-            param="ray",
-        )
-    with console.status(lambda: [f"looking for Ray at {address}"]):
-        runner = RayRunner(
-            spec,
-            address=address,
-            num_workers=settings.workers,
-            shards=work.folder.path / "shards",
-            ordered=not settings.unordered,
-        )
-    try:
-        console.say(report.set_up(runner, settings.devices))
-        yield runner
-    finally:
-        runner.close()
-
-
 def _verify(work: Work, console: Console) -> bool:
     """Say whether the results are those of the rows."""
     with work.records() as records, console.status(lambda: ["comparing rows and results"]):
@@ -247,27 +163,3 @@ def _verify(work: Work, console: Console) -> bool:
     for line in report.verdict(verdict, work.ledger):
         console.say(line)
     return verdict.num_faults == 0
-
-
-def _max_batch(
-    encoder: PromptEncoder, settings: Settings, total: int | None
-) -> int | Literal["auto"] | None:
-    """Sequences that run at once: found while the job runs, unless that can't pay or can't be."""
-    if settings.max_batch is not None or settings.workers > 1 or settings.ray is not None:
-        return settings.max_batch
-    if total is not None and total <= DEFAULT_MAX_BATCH:
-        return None
-    bundle = encoder.bundle
-    return None if runs_on_gpu(bundle) and runs_on_tensorrt(bundle) else "auto"
-
-
-def _plan(
-    encoder: PromptEncoder, settings: Settings, max_len: int | None, total: int | None
-) -> MemoryPlan:
-    return LLM.plan(
-        encoder,
-        max_batch=_max_batch(encoder, settings, total),
-        max_len=settings.max_len or max_len,
-        devices=settings.devices,
-        prefix_tokens=settings.prefix_tokens,
-    )

@@ -9,8 +9,6 @@ from typing import Any
 from llama_runtime.bundle import Bundle
 from llama_runtime.errors import RequestError
 
-Identity = dict[str, Any]
-
 
 def bundle_hash(bundle: Bundle) -> str:
     """SHA-256 of the manifest, which holds that of every other file."""

@@ -1,13 +1,11 @@
-"""Graphs of one product, written by hand: the runtime can't use the package onnx.
-
-An ONNX file is a message of protocol buffers, which is numbered fields: whole numbers, and bytes
-with their length before them.
-"""
+"""Graphs of one product, written by hand: the runtime can't use the package onnx."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+
+from llama_runtime.protocol_buffers import bytes_field, number_field
 
 FLOAT, UINT8, INT8, INT32 = 1, 2, 3, 6  # as ONNX numbers its types
 _IR_VERSION, _OPSET = 10, 21
@@ -29,44 +27,29 @@ def _product(
     depth, columns = matrix.shape
     node = _text(1, "a") + _text(1, "b") + _text(2, "y") + _text(4, operator)
     constant = (
-        _number(1, depth)
-        + _number(1, columns)
-        + _number(2, right)
+        number_field(1, depth)
+        + number_field(1, columns)
+        + number_field(2, right)
         + _text(8, "b")
-        + _field(9, np.ascontiguousarray(matrix).tobytes())
+        + bytes_field(9, np.ascontiguousarray(matrix).tobytes())
     )
     graph = (
-        _field(1, node)
+        bytes_field(1, node)
         + _text(2, "product")
-        + _field(5, constant)
-        + _field(11, _value("a", left, rows, depth))
-        + _field(12, _value("y", result, rows, columns))
+        + bytes_field(5, constant)
+        + bytes_field(11, _value("a", left, rows, depth))
+        + bytes_field(12, _value("y", result, rows, columns))
     )
-    return _number(1, _IR_VERSION) + _field(7, graph) + _field(8, _number(2, _OPSET))
+    opset = number_field(2, _OPSET)
+    return number_field(1, _IR_VERSION) + bytes_field(7, graph) + bytes_field(8, opset)
 
 
 def _value(name: str, kind: int, *dimensions: int) -> bytes:
     """What an input or output is."""
-    shape = b"".join(_field(1, _number(1, size)) for size in dimensions)
-    return _text(1, name) + _field(2, _field(1, _number(1, kind) + _field(2, shape)))
-
-
-def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
+    shape = b"".join(bytes_field(1, number_field(1, size)) for size in dimensions)
+    tensor = number_field(1, kind) + bytes_field(2, shape)
+    return _text(1, name) + bytes_field(2, bytes_field(1, tensor))
 
 
 def _text(field: int, value: str) -> bytes:
-    return _field(field, value.encode())
-
-
-def _field(field: int, value: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; all but the last have their high bit set."""
-    found = bytearray()
-    while value >= 128:
-        found.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*found, value])
+    return bytes_field(field, value.encode())

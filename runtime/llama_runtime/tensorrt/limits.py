@@ -15,7 +15,7 @@ DECODE, PROMPT = 0, 1  # the profiles, by index
 
 # With less, TensorRT-RTX 1.7.1 can't build graphs in bf16: an internal error about two operators of
 # one name. With 128 and more all of some fifty combinations were built.
-LEAST_CHUNK = LEAST_CAPACITY = 128
+LEAST_CAPACITY = 128
 MAX_PROMPT_CHUNK = 512
 CAPACITY_MULTIPLE = 16
 

@@ -8,12 +8,10 @@ The format: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from llama_runtime.errors import BackendError
-
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+from llama_runtime.protocol_buffers import MessageError, bytes_field, number_field, read_fields
 
 # The fields that lead from a model to its dimensions: of the graph the inputs, the outputs and the
 # values between; of each its type, the type of a tensor, its shape, and the dimensions.
@@ -34,7 +32,12 @@ def with_static_axis(graph: bytes, axis: str, size: int) -> bytes:
     Raises:
         BackendError: the file isn't an ONNX graph.
     """
-    return bytes(_rewritten(memoryview(graph), _MODEL, axis.encode(), size))
+    try:
+        return bytes(_rewritten(memoryview(graph), _MODEL, axis.encode(), size))
+    except MessageError as error:
+        raise BackendError(
+            f"the graph is not an ONNX graph: {error}; rebuild the bundle with llama-export build"
+        ) from error
 
 
 def _rewritten(
@@ -52,12 +55,12 @@ def _rewritten(
         return _dimension(message, axis, size)
     parts: list[bytes | memoryview] = []
     changed = False
-    for number, whole, content in _fields(message):
-        if content is not None and number in fields:
-            new = _rewritten(content, fields[number], axis, size)
-            if new is not content:
+    for number, value, has_length, whole in read_fields(message):
+        if isinstance(value, memoryview) and has_length and number in fields:
+            new = _rewritten(value, fields[number], axis, size)
+            if new is not value:
                 changed = True
-                parts.append(_field(number, new))
+                parts.append(bytes_field(number, new))
                 continue
         parts.append(whole)
     return b"".join(parts) if changed else message
@@ -65,66 +68,9 @@ def _rewritten(
 
 def _dimension(message: memoryview, axis: bytes, size: int) -> bytes | memoryview:
     """A dimension; of several sizes and names the last one holds."""
-    fields = list(_fields(message))
-    choices = [content for number, _, content in fields if number in (_SIZE, _NAME)]
-    if not choices or choices[-1] is None or choices[-1] != axis:
+    fields = list(read_fields(message))
+    choices = [field.value for field in fields if field.number in (_SIZE, _NAME)]
+    if not choices or isinstance(choices[-1], int) or choices[-1] != axis:
         return message
-    rest = [whole for number, whole, _ in fields if number not in (_SIZE, _NAME)]
-    return b"".join([_key(_SIZE, _VARINT), _number(size), *rest])
-
-
-def _field(number: int, content: bytes | memoryview) -> bytes:
-    return b"".join([_key(number, _BYTES), _number(len(content)), content])
-
-
-def _key(number: int, wire: int) -> bytes:
-    return _number(number << 3 | wire)
-
-
-def _number(value: int) -> bytes:
-    """A number, seven bits a byte, the lowest first."""
-    parts = bytearray()
-    while value > 0x7F:
-        parts.append(value & 0x7F | 0x80)
-        value >>= 7
-    parts.append(value)
-    return bytes(parts)
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview | None]]:
-    """The fields of a message: number, all of its bytes, and the content of one with a length."""
-    position, end = 0, len(message)
-    while position < end:
-        start = position
-        key, position = _read_number(message, position)
-        wire = key & 7
-        content = None
-        if wire == _VARINT:
-            _, position = _read_number(message, position)
-        elif wire in (_FIXED32, _FIXED64):
-            position += 4 if wire == _FIXED32 else 8
-        elif wire == _BYTES:
-            length, position = _read_number(message, position)
-            content = message[position : position + length]
-            position += length
-        else:
-            raise _broken()
-        if position > end:
-            raise _broken()
-        yield key >> 3, message[start:position], content
-
-
-def _read_number(message: memoryview, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while position < len(message) and shift < 70:
-        byte = message[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-    raise _broken()
-
-
-def _broken() -> BackendError:
-    return BackendError("the graph is not an ONNX graph, or cut short: rebuild the bundle")
+    rest = [field.whole for field in fields if field.number not in (_SIZE, _NAME)]
+    return b"".join([number_field(_SIZE, size), *rest])

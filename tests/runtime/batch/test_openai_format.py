@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ from openai.types import Completion as OpenaiCompletion
 from openai.types.chat import ChatCompletion
 
 from llama_runtime.batch.forms.openai_format import OpenAiFormat
-from llama_runtime.bundle import open_bundle, write_manifest
 from llama_runtime.llm import LLM
 from llama_runtime.params import SamplingParams, row_seed
 from tests.runtime.batch.jobs import Given, recipe_of, records_of, results_in, run_job
-from tests.runtime.conftest import write_fake_bundle
+from tests.runtime.conftest import write_roomy_bundle
 
 TURNS = [{"role": "user", "content": "Hello"}]
 NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -27,10 +25,7 @@ TOOLS = [{"type": "function", "function": {"name": "look", "parameters": NOTHING
 @pytest.fixture
 def llm(fake_backend: None, tmp_path: Path) -> Iterator[LLM]:
     """A fake one with room for tools."""
-    bundle = write_fake_bundle(tmp_path / "roomy_bundle", eos_token_id=257)
-    manifest = open_bundle(bundle).manifest
-    geometry = replace(manifest.geometry, max_positions=4096)
-    write_manifest(bundle, replace(manifest, geometry=geometry))
+    bundle = write_roomy_bundle(tmp_path / "roomy_bundle")
     with LLM(bundle, max_batch=4, max_len=2048, threads=1) as loaded:
         yield loaded
 

@@ -16,7 +16,7 @@ from openai.types import Completion as OpenaiCompletion
 from openai.types.chat import ChatCompletion
 from tokenizers import processors
 
-from llama_runtime.bundle import open_bundle, write_manifest
+from llama_runtime.bundle import open_bundle
 from llama_runtime.completion import Completion
 from llama_runtime.errors import BackendError, CapacityError, CaravanError, RequestError
 from llama_runtime.llm import LLM
@@ -32,7 +32,7 @@ from llama_runtime.params import SamplingParams
 from llama_runtime.prompt_encoder import PromptEncoder
 from llama_runtime.sequence import TokenLogprob
 from tests.runtime import chat_encoders
-from tests.runtime.conftest import write_fake_bundle
+from tests.runtime.conftest import write_roomy_bundle
 
 TURNS = [{"role": "user", "content": "Hello"}]
 TOOLS = [
@@ -50,12 +50,7 @@ def encoder(fake_bundle: Path) -> PromptEncoder:
 
 @pytest.fixture
 def roomy_bundle(tmp_path: Path) -> Path:
-    """A fake one with room for tools, each of whose letters is a token, and with one end token."""
-    bundle = write_fake_bundle(tmp_path / "roomy_bundle", eos_token_id=257)
-    manifest = open_bundle(bundle).manifest
-    geometry = replace(manifest.geometry, max_positions=4096)
-    write_manifest(bundle, replace(manifest, geometry=geometry))
-    return bundle
+    return write_roomy_bundle(tmp_path / "roomy_bundle")
 
 
 @pytest.fixture

@@ -15,17 +15,23 @@ from typing import Any
 import openai
 import pytest
 
-from llama_runtime import loading
 from llama_runtime.async_llm import AsyncLLM
-from llama_runtime.contract import Geometry
-from llama_runtime.sampling import Reference
 from llama_runtime.server import ServerSettings, Service
 from llama_runtime.server.command import server_of
 from llama_runtime.server.places import MAX_CONNECTIONS
+from tests.runtime.conftest import use_fakes
 from tests.watched_backend import PATIENCE, Watched, wait_for
 
 MODEL = "fake-llama"
 HELLO = [{"role": "user", "content": "Hello"}]
+COMPLETIONS = "/v1/completions"
+# Each kind of request that makes work, and is refused where there is too much of it.
+WORK: tuple[tuple[str, dict[str, object]], ...] = (
+    (COMPLETIONS, {"model": MODEL, "prompt": "a"}),
+    (COMPLETIONS, {"model": MODEL, "prompt": "a", "stream": True}),
+    ("/v1/chat/completions", {"model": MODEL, "messages": HELLO}),
+    ("/tokenize", {"prompt": "a"}),
+)
 
 
 @dataclass
@@ -123,7 +129,7 @@ def stream_bytes(max_tokens: int, **more: object) -> bytes:
     body = {"model": MODEL, "prompt": "Hello", "stream": True, "max_tokens": max_tokens}
     data = json.dumps(body | {"ignore_eos": True} | more).encode()
     headers = {"Content-Type": "application/json", "Content-Length": str(len(data))}
-    return request_bytes("POST", "/v1/completions", data, headers)
+    return request_bytes("POST", COMPLETIONS, data, headers)
 
 
 def read_answer(connection: socket.socket) -> Answer:
@@ -168,22 +174,12 @@ def watched_models() -> Iterator[list[Watched]]:
     """Models in this process run on `Watched` backends, which come to stand here."""
     made: list[Watched] = []
 
-    def make(
-        session: object,
-        geometry: Geometry,
-        *,
-        num_slots: int,
-        capacity: int,
-        num_prefix_blocks: int,
-        **_: object,
-    ) -> Watched:
-        made.append(Watched(num_slots, capacity, geometry.vocab_size, num_prefix_blocks))
+    def make(num_slots: int, capacity: int, vocab_size: int, num_prefix_blocks: int) -> Watched:
+        made.append(Watched(num_slots, capacity, vocab_size, num_prefix_blocks))
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "open_session", lambda *_: None)
-        patch.setattr(loading, "OrtSampler", lambda *_: Reference())
-        patch.setattr(loading, "OrtCpu", make)
+        use_fakes(patch, make)
         yield made
 
 

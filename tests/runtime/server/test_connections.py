@@ -203,7 +203,8 @@ def test_slow_bodies_of_many_clients_fill_no_memory(roomy: Path, stack: ExitStac
             except OSError:  # it has been refused
                 continue
             most = max(most, server.service.bodies.size)
-        assert limit // 2 < most <= limit
+        wait_for(lambda: server.service.bodies.size > limit // 2)  # the server may be behind
+        assert most <= limit
         wait_for(lambda: server.service.num_active < 60)
         assert rss() - before < 60e6
         assert ask(server).status == 200, "there is room for small ones"

@@ -22,8 +22,7 @@ from llama_runtime.openai_api.requests import ApiRequest
 from llama_runtime.server import ServerSettings
 from tests.runtime.conftest import FAKE_LLAMA_RUN
 from tests.runtime.server.serving import (
-    HELLO,
-    MODEL,
+    WORK,
     Answer,
     Serving,
     events_of,
@@ -33,7 +32,6 @@ from tests.runtime.server.serving import (
 )
 from tests.watched_backend import PATIENCE, wait_for
 
-COMPLETIONS = "/v1/completions"
 SECRET = "/secret/path"  # what an exception may hold, and no answer
 
 
@@ -68,12 +66,7 @@ def check_refusing(server: Serving, code: str) -> None:
     for path in ("/health", "/ping", "/ready", "/v1/models"):
         answer = server.get(path)
         assert (answer.status, answer.error["code"]) == (503, code)
-    for path, body in (
-        (COMPLETIONS, {"model": MODEL, "prompt": "a"}),
-        (COMPLETIONS, {"model": MODEL, "prompt": "a", "stream": True}),
-        ("/v1/chat/completions", {"model": MODEL, "messages": HELLO}),
-        ("/tokenize", {"prompt": "a"}),
-    ):
+    for path, body in WORK:
         answer = server.post(path, body)
         assert (answer.status, answer.error["code"]) == (503, code)
         assert int(answer.headers["retry-after"]) >= 1

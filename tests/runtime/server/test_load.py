@@ -18,8 +18,9 @@ from llama_runtime.async_llm import AsyncLLM
 from llama_runtime.openai_api.requests import ApiRequest
 from llama_runtime.server import ServerSettings, create_app
 from tests.runtime.server.serving import (
-    HELLO,
+    COMPLETIONS,
     MODEL,
+    WORK,
     Answer,
     Serving,
     events_of,
@@ -29,8 +30,6 @@ from tests.runtime.server.serving import (
     watched_models,
 )
 from tests.watched_backend import wait_for
-
-COMPLETIONS = "/v1/completions"
 
 
 def ask(server: Serving, **more: object) -> Answer:
@@ -45,12 +44,7 @@ def test_one_too_many_is_told_when_to_ask_again(roomy: Path) -> None:
             server.backend.wait_until_it_hangs()
             waiting.sendall(stream_bytes(3))
             wait_for(lambda: server.llm.stats().waiting == 2)
-            for path, body in (
-                (COMPLETIONS, {"model": MODEL, "prompt": "a"}),
-                (COMPLETIONS, {"model": MODEL, "prompt": "a", "stream": True}),
-                ("/v1/chat/completions", {"model": MODEL, "messages": HELLO}),
-                ("/tokenize", {"prompt": "a"}),
-            ):
+            for path, body in WORK:
                 refused = server.post(path, body)
                 assert refused.status == 429
                 assert int(refused.headers["retry-after"]) >= 1

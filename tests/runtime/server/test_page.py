@@ -105,7 +105,8 @@ def test_of_many_that_wait_some_are_shown(roomy: Any) -> None:
             clients = [server.connect() for _ in range(many)]
             for one in clients:
                 one.sendall(stream_bytes(5))
-            wait_for(lambda: state_of(server)["num_waiting"] == many + 1)
+            wait_for(lambda: server.llm.stats().waiting == many + 1)
+            wait_for(lambda: not server.service.gate.places)  # what isn't tokens yet isn't shown
             server.backend.hang_after(1)
             server.backend.wait_until_it_hangs()
             wait_for(lambda: len(state_of(server)["waiting"]) == MAX_SHOWN)

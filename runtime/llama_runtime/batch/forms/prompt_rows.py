@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from llama_runtime.batch.rows.lines import Line
 from llama_runtime.errors import RequestError
+from llama_runtime.json_values import refuse_constant, without_repeats
 from llama_runtime.params import OPTIONS
 
 MAX_NESTING = 32  # of lists and objects in messages
@@ -82,7 +83,7 @@ def load_object(line: Line) -> dict[str, Any]:
         raise RequestError(line.problem, param="prompt")
     try:
         value = json.loads(
-            line.text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
+            line.text, object_pairs_hook=without_repeats, parse_constant=refuse_constant
         )
     except json.JSONDecodeError as error:
         problem = f"{error.msg} at column {error.colno}"
@@ -95,18 +96,6 @@ def load_object(line: Line) -> dict[str, Any]:
             return value
         problem = f"it must be an object, not {type(value).__name__}"
     raise RequestError(f"line {line.number} is not a JSON row: {problem}", param="prompt")
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} comes twice")
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _id(given: Mapping[str, Any], line: Line) -> str | int | None:
