@@ -9,22 +9,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from llama_runtime import loading
-from llama_runtime.backends.fake import Fake
+import pytest
+
 from llama_runtime.batch import command
 from llama_runtime.batch.rows.source import Source
 from llama_runtime.batch.settings import Settings
-from llama_runtime.contract import Geometry
 from llama_runtime.progress import Console
-from llama_runtime.sampling import Reference
 from scripts.bench_machine import machine
-from tests.runtime.conftest import write_fake_bundle
+from tests.runtime.conftest import use_fakes, write_fake_bundle
 
 LIMIT_MB = 50.0
 WARM_SHARE = 0.1  # of the rows; what is held then counts as held from the start
@@ -40,7 +35,11 @@ def main() -> None:
     parser.add_argument("--unordered", action="store_true")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as name, _fake_backend():
+    with (
+        tempfile.TemporaryDirectory(dir=options.folder) as name,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        use_fakes(patch)
         folder = Path(name)
         rows = folder / ("rows.txt" if options.form == "text" else "rows.jsonl")
         _write_rows(rows, options.rows, options.form)
@@ -139,27 +138,6 @@ def _write_rows(path: Path, count: int, form: str) -> None:
                 body = {"model": "fake-llama", "prompt": prompt}
                 row = {"custom_id": f"r{index}", "method": "POST", "url": "/v1/completions"}
                 file.write(json.dumps({**row, "body": body}) + "\n")
-
-
-@contextmanager
-def _fake_backend() -> Iterator[None]:
-    def make(
-        _: object,
-        geometry: Geometry,
-        *,
-        num_slots: int,
-        capacity: int,
-        num_prefix_blocks: int,
-        **__: object,
-    ) -> Fake:
-        return Fake(num_slots, capacity, geometry.vocab_size, num_prefix_blocks=num_prefix_blocks)
-
-    with (
-        mock.patch.object(loading, "open_session", return_value=None),
-        mock.patch.object(loading, "OrtCpu", make),
-        mock.patch.object(loading, "OrtSampler", return_value=Reference()),
-    ):
-        yield
 
 
 if __name__ == "__main__":

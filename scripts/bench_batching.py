@@ -35,8 +35,7 @@ def around(bundle_path: Path, rounds: int) -> Results:
     """Schedule, arrays, 32 greedy rows over the vocabulary, text and events, on ``Fake``."""
     bundle, table = _open(bundle_path)
     max_len = 256
-    fake = Fake(NUM_SLOTS, cache_capacity(max_len, CHUNK), bundle.manifest.geometry.vocab_size)
-    timed = Timed(fake)
+    timed = Timed(NUM_SLOTS, cache_capacity(max_len, CHUNK), bundle.manifest.geometry.vocab_size)
     figures = []
     for _ in range(rounds):
         engine = _engine(timed, bundle, table, max_len)
@@ -52,42 +51,24 @@ def around(bundle_path: Path, rounds: int) -> Results:
     return {"ms_per_step": ms, "asked_ms_per_step": ASKED_MS_AROUND, "steps": len(figures)}
 
 
-@dataclass
-class Timed:
-    """A backend that notes what the last step of the one inside was.
+class Timed(Fake):
+    """Notes what its last step was.
 
     Attributes:
         seconds: how long it took.
         decoding: how many sequences decoded in it, 0 if there was a prompt.
     """
 
-    inner: Fake
     seconds: float = 0.0
     decoding: int = 0
-    row_multiple: int = Fake.row_multiple
 
     def run(self, step: Step) -> npt.NDArray[np.float32]:
         """See ``Backend.run``."""
         started = time.perf_counter()
-        logits = self.inner.run(step)
+        logits = super().run(step)
         self.seconds = time.perf_counter() - started
         self.decoding = len(step.chunks) if step.unpack.shape[1] == 1 else 0
         return logits
-
-    def clean(self, slot: int, num_tokens: int) -> None:
-        """See ``Backend.clean``."""
-        self.inner.clean(slot, num_tokens)
-
-    def save_block(self, slot: int, start: int, block: int) -> None:
-        """See ``Backend.save_block``."""
-        self.inner.save_block(slot, start, block)
-
-    def load_block(self, slot: int, start: int, block: int) -> None:
-        """See ``Backend.load_block``."""
-        self.inner.load_block(slot, start, block)
-
-    def close(self) -> None:
-        """Nothing: the next round uses the one inside."""
 
 
 @dataclass(frozen=True)

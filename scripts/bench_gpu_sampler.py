@@ -10,8 +10,8 @@ import numpy as np
 from llama_runtime import SamplingParams
 from llama_runtime.backends.cuda_device import Device
 from llama_runtime.backends.cuda_sampler import CudaSampler
-from llama_runtime.paged_batch import ROW, row_of
 from llama_runtime.sequence import Sequence
+from llama_runtime.step_arrays import ROW, row_of
 
 VOCAB_SIZE = 128_256
 ROWS = (1, 32, 128)

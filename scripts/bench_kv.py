@@ -20,10 +20,10 @@ import numpy as np
 
 from llama_runtime.backends.ort_cpu import OrtCpu, open_session
 from llama_runtime.bundle import open_bundle
+from llama_runtime.chunk import Chunk
 from llama_runtime.contract import PROMPT_CHUNK, SLOTS
 from llama_runtime.machine import default_threads
 from llama_runtime.params import SamplingParams
-from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence
 from llama_runtime.slots_precision import slots_cache_dtype
 from llama_runtime.step_batch import Step, StepBatch

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from llama_runtime import LLM, SamplingParams
-from llama_runtime.grammars import GrammarCompiler, MaskFiller, Masks, forbid, mask_words
+from llama_runtime.grammar_masks import MaskFiller, Masks, forbid, mask_words
+from llama_runtime.grammars import GrammarCompiler
 from llama_runtime.tokenizer import Tokenizer
 from scripts.bench_clock import seconds
 from scripts.bench_machine import machine

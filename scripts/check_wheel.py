@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -13,7 +11,8 @@ from pathlib import Path
 from scripts import check_wheel_contents, check_wheel_installs
 from scripts.check_wheel_contents import sdist_contents, wheel_contents
 from scripts.check_wheel_venv import quietly
-from scripts.serving_findings import Findings
+from scripts.findings import Findings
+from tests.tiny_model import build_tiny_bundle
 
 INSTALLS = check_wheel_installs.PARTS
 PARTS = ("contents", *INSTALLS)
@@ -38,18 +37,17 @@ def main() -> None:
         for part in parts:
             print(f"{part} ...", flush=True)
             began = time.monotonic()
-            if part == "contents":
-                _prove_contents(wheel, sdist, folder, findings)
-            else:
-                bundle = bundle or _tiny_bundle(folder)
-                _prove_install(part, wheel, bundle, folder / part, findings)
+            with findings.part(part):
+                if part == "contents":
+                    _prove_contents(wheel, sdist, folder, findings)
+                else:
+                    bundle = bundle or build_tiny_bundle(folder)
+                    (folder / part).mkdir()
+                    INSTALLS[part](wheel, bundle, folder / part, findings)
             findings.figures.setdefault(part, {})["seconds"] = round(time.monotonic() - began, 1)
-    for line in findings.bad:
-        print(line)
     for key, figures in findings.figures.items():
         print(f"{key}: {figures}")
-    print(json.dumps({"passed": not findings.bad, "parts": parts, **findings.figures}))
-    sys.exit(bool(findings.bad))
+    findings.end(parts=parts)
 
 
 def _prove_contents(wheel: Path, sdist: Path, folder: Path, findings: Findings) -> None:
@@ -73,32 +71,6 @@ def _prove_contents(wheel: Path, sdist: Path, folder: Path, findings: Findings) 
         "sdist_kb": round(sdist.stat().st_size / 1e3),
         "sdist_files": len(source),
     }
-
-
-def _prove_install(part: str, wheel: Path, bundle: Path, folder: Path, findings: Findings) -> None:
-    folder.mkdir()
-    try:
-        INSTALLS[part](wheel, bundle, folder, findings)
-    except (RuntimeError, subprocess.SubprocessError) as error:
-        findings.wrong(f"{part}: installs and runs", error)
-
-
-def _tiny_bundle(folder: Path) -> Path:
-    """A bundle of random weights, which the checkout builds."""
-    bundle = folder / "tiny"
-    model = write_model(folder / "model")
-    command = [sys.executable, "-m", "llama_export", "build", str(model), "--quiet"]
-    subprocess.run([*command, "--output", str(bundle)], check=True, stdout=subprocess.DEVNULL)
-    return bundle
-
-
-def write_model(folder: Path) -> Path:
-    """A tiny checkpoint in a folder that isn't there."""
-    from tests.tiny_model import write_tiny_model
-
-    folder.mkdir()
-    write_tiny_model(folder)
-    return folder
 
 
 if __name__ == "__main__":

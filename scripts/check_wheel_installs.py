@@ -13,7 +13,8 @@ from pathlib import Path
 from llama_runtime import __version__
 from scripts.check_wheel_contents import ROOT
 from scripts.check_wheel_venv import Venv, pip_environment, quietly
-from scripts.serving_findings import Findings
+from scripts.findings import Findings
+from tests.tiny_model import write_tiny_model
 
 # What [cpu] never brings: it is all of the exporter's, and what only tests compare with.
 ABSENT = (
@@ -135,8 +136,6 @@ def scale(wheel: Path, bundle: Path, folder: Path, findings: Findings) -> None:
 
 def export(wheel: Path, bundle: Path, folder: Path, findings: Findings) -> None:
     """[export] builds a bundle, with the torch that scripts/install takes."""
-    from scripts.check_wheel import write_model
-
     venv = Venv(folder, with_pip=True)
     command = [str(venv.bin / "python"), str(ROOT / "scripts" / "install_torch.py")]
     quietly(command, venv.home)
@@ -149,7 +148,9 @@ def export(wheel: Path, bundle: Path, folder: Path, findings: Findings) -> None:
     findings.hold("no CUDA comes with it", not cuda, cuda)
     findings.hold("transformers doesn't", "transformers" not in after)
     built = folder / "bundle"
-    model = write_model(folder / "model")
+    model = folder / "model"
+    model.mkdir()
+    write_tiny_model(model)
     venv.run("llama-export", "build", str(model), "--output", str(built), "--quiet")
     _runs_a_bundle(venv, built, findings)
     said = [_generated(venv, one)["token_ids"] for one in (bundle, built)]

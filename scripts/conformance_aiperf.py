@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.conformance_venv import output_of, program, write_tokenizer
-from scripts.serving_findings import Findings
+from scripts.findings import Findings
 from scripts.serving_process import Server
 
 PACKAGES = ("aiperf>=0.13",)

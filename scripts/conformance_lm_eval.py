@@ -11,7 +11,7 @@ from typing import Any
 from llama_runtime.llm import LLM
 from llama_runtime.params import SamplingParams
 from scripts.conformance_venv import output_of, program, write_tokenizer
-from scripts.serving_findings import Findings
+from scripts.findings import Findings
 from scripts.serving_process import Server
 
 PACKAGES = ("lm_eval[api]>=0.4.9,<0.5", "transformers")

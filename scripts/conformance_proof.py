@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from llama_runtime.llm import LLM
@@ -20,8 +18,9 @@ from scripts import (
 )
 from scripts.conformance_venv import DEFAULT_FOLDER
 from scripts.fetch_model import OUTPUT as SMOLLM2
-from scripts.serving_findings import Findings
-from scripts.serving_process import LLAMA_RUN, Server, running
+from scripts.findings import Findings
+from scripts.serving_process import LLAMA_RUN, Server, watched
+from tests.tiny_model import build_tiny_bundle
 
 PARTS = ("schemathesis", "lm-eval", "aiperf", "tokens")
 KEY = "a-key-of-the-proof"
@@ -49,14 +48,11 @@ def main() -> None:
         for part in parts:
             (folder / part).mkdir()
             print(f"{part} ...", flush=True)
-            _prove(part, bundle, folder / part, args, findings)
-    for line in findings.bad:
-        print(line)
+            with findings.part(part):
+                _prove(part, bundle, folder / part, args, findings)
     for key, figures in findings.figures.items():
         print(f"{key}: {figures}")
-    figures = {"passed": not findings.bad, "parts": parts, "seed": args.seed, **findings.figures}
-    print(json.dumps(figures))
-    sys.exit(bool(findings.bad))
+    findings.end(parts=parts, seed=args.seed)
 
 
 def _prove(
@@ -64,12 +60,12 @@ def _prove(
 ) -> None:
     """One part, with a server of its own."""
     if part == "schemathesis":  # asks for too much to have it of a real model
-        with _served(_tiny_bundle(folder), folder, findings, TINY_MAX_LEN) as server:
+        with _served(build_tiny_bundle(folder), folder, findings, TINY_MAX_LEN) as server:
             conformance_schemathesis.prove(
                 server, folder, findings, examples=args.examples, seed=args.seed
             )
         return
-    with _served(bundle, folder, findings) as server:
+    with _served(bundle, folder, findings, MAX_LEN) as server:
         if part == "aiperf":
             conformance_aiperf.prove(server, bundle, folder, args.venvs, findings)
             return
@@ -80,31 +76,16 @@ def _prove(
                 conformance_tokens.prove(server, llm, findings, seed=args.seed)
 
 
-@contextmanager
 def _served(
-    bundle: Path, folder: Path, findings: Findings, max_len: int = MAX_LEN
-) -> Iterator[Server]:
+    bundle: Path, folder: Path, findings: Findings, max_len: int
+) -> AbstractContextManager[Server]:
     options = ("--max-batch", "8", "--max-len", str(max_len))
-    with running(LLAMA_RUN, bundle, folder, *options, key=KEY) as server:
-        yield server
-        for line in server.complaints():
-            findings.wrong("the log has no error", line)
-
-
-def _tiny_bundle(folder: Path) -> Path:
-    from tests.tiny_model import write_tiny_model
-
-    (folder / "model").mkdir()
-    write_tiny_model(folder / "model")
-    return _built(folder / "model", folder / "tiny")
+    return watched(findings, LLAMA_RUN, bundle, folder, *options, key=KEY)
 
 
 def _real_bundle(folder: Path) -> Path:
-    return _built(SMOLLM2, folder / "real")
-
-
-def _built(model: Path, bundle: Path) -> Path:
-    command = ["llama_export", "build", str(model), "--output", str(bundle), "--quiet"]
+    bundle = folder / "real"
+    command = ["llama_export", "build", str(SMOLLM2), "--output", str(bundle), "--quiet"]
     subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)
     return bundle
 

@@ -12,7 +12,7 @@ from typing import Any
 import requests
 
 from scripts.conformance_document import closed, narrowed
-from scripts.serving_findings import Findings
+from scripts.findings import Findings
 from scripts.serving_process import Server
 
 _NOT_HERE = "positive_data_acceptance"  # no schema knows what the context of a model holds

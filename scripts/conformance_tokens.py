@@ -9,7 +9,7 @@ import requests
 from llama_runtime.llm import LLM
 from scripts.conformance_requests import Asked, expected, served
 from scripts.conformance_requests import requests as made_requests
-from scripts.serving_findings import Findings
+from scripts.findings import Findings
 from scripts.serving_process import Server
 
 COUNT, AT_ONCE = 200, 40

@@ -26,11 +26,12 @@ from llama_runtime import LLM, SamplingParams, open_bundle
 from llama_runtime.backends.cuda_device import Device
 from llama_runtime.backends.cuda_sampler import CudaSampler
 from llama_runtime.errors import CaravanError
-from llama_runtime.grammars import Matcher, forbid, mask_words
-from llama_runtime.paged_batch import ROW, row_of
+from llama_runtime.grammar_masks import forbid, mask_words
+from llama_runtime.grammars import Matcher
 from llama_runtime.sampler import edit
 from llama_runtime.sampling import NOT_FINITE, draw, likeliest, uniform
 from llama_runtime.sequence import Sequence
+from llama_runtime.step_arrays import ROW, row_of
 from scripts.bench_gpu import device
 from scripts.bench_machine import machine
 

@@ -43,7 +43,7 @@ class Fault:
         file: what holds the line, relative to the project.
         line: the right line, without its indentation; it occurs once in the file.
         becomes: the wrong one.
-        tests: node ids, each of which must fail; one without ``[...]`` stands for all its cases.
+        tests: node ids, each of which must fail; without ``[...]``, one of its cases at least.
         shows: what a user would see, as a sentence.
         error: what the tests fail with where it is no assertion, such as "RuntimeError: slot".
     """

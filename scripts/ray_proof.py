@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tests.laws.test_ray import NUM_ROWS, expected_lines
 from tests.ray_cluster import RayCluster, RayJob, ray_cluster, wait_until
+from tests.tiny_model import build_tiny_bundle
 
 
 class Proof:
@@ -108,7 +109,7 @@ def main() -> None:
     are_right = True
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        proof = Proof(options.bundle or tiny_bundle(folder), folder, options.seed)
+        proof = Proof(options.bundle or build_tiny_bundle(folder), folder, options.seed)
         kinds: list[Callable[[RayCluster, Path], int]] = [
             proof.workers_die,
             proof.node_is_lost,
@@ -130,17 +131,6 @@ def main() -> None:
                 print(f"{kind.__name__}: {runs} runs, {seconds:.0f} s, {verdict}", flush=True)
     print(json.dumps({"right": are_right, "rows": NUM_ROWS, "seconds": found}))
     sys.exit(not are_right)
-
-
-def tiny_bundle(folder: Path) -> Path:
-    """A bundle of the tests' tiny model."""
-    from llama_export.build import build_bundle
-    from tests.tiny_model import write_tiny_model
-
-    (folder / "model").mkdir()
-    write_tiny_model(folder / "model")
-    build_bundle(folder / "model", folder / "bundle")
-    return folder / "bundle"
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from scripts.resume_rows import openai_rows, prompt_rows
 from scripts.small_disk import small_disk
+from tests.tiny_model import build_tiny_bundle
 
 FORMS = ("ordered", "unordered", "openai")
 NUM_ROWS = 400
@@ -45,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bundle = args.bundle or _write_bundle(folder)
+        bundle = args.bundle or build_tiny_bundle(folder)
         start = [sys.executable, "-m", "llama_runtime"]
         proof = Proof(start, bundle, folder, args.seed, args.rows)
         for form in FORMS:
@@ -54,16 +55,6 @@ def main() -> None:
         print(line)
     print(json.dumps({"passed": not proof.bad, "seed": args.seed, **proof.figures}))
     sys.exit(bool(proof.bad))
-
-
-def _write_bundle(folder: Path) -> Path:
-    from tests.tiny_model import write_tiny_model
-
-    (folder / "model").mkdir()
-    write_tiny_model(folder / "model")
-    command = ["llama_export", "build", str(folder / "model"), "-o", str(folder / "bundle"), "-q"]
-    subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)
-    return folder / "bundle"
 
 
 @dataclass

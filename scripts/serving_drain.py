@@ -8,9 +8,10 @@ import signal
 import time
 from dataclasses import dataclass
 
+from scripts.findings import Findings
 from scripts.serving_client import Connection, Reply, request_bytes
-from scripts.serving_findings import Bodies, Findings
 from scripts.serving_process import Server
+from scripts.serving_requests import Bodies, judge
 
 PART = "drain"
 LAST_SECONDS = 20.0  # for the last words, and for the step that runs
@@ -81,7 +82,7 @@ class Drain:
         findings.hold(f"{PART}: the server was asked while it drained", polls > 0, polls)
         findings.hold(f"{PART}: its status is 0", status == 0, status)
         for reply, count in zip(replies, counts, strict=True):
-            findings.judge(PART, reply, (200,))
+            judge(findings, PART, reply, (200,))
             if reply.status == 200 and reply.is_whole:
                 tokens = reply.completion_tokens
                 findings.hold(f"{PART}: nobody is cut off", tokens == count, (tokens, count))
@@ -110,7 +111,7 @@ class Drain:
                 findings.hold(law, good, (reply.status, errors, reply.body[-300:]))
                 cut += 1
             else:
-                findings.judge(PART, reply, (503,))
+                judge(findings, PART, reply, (503,))
         findings.hold(f"{PART}: some are cut off in a hurry", cut > 0)
         findings.figures[f"{PART}_hurried"] = {"cut_off": cut, "seconds": round(seconds, 2)}
 
@@ -145,5 +146,5 @@ class Drain:
         if all(task.done() for task in running):
             return 0  # it may have ended in between
         for name, reply in asked.items():
-            self._findings.judge(PART, reply, (200 if name == "/health" else 503,))
+            judge(self._findings, PART, reply, (200 if name == "/health" else 503,))
         return 1

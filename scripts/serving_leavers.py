@@ -8,9 +8,10 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 
+from scripts.findings import Findings
 from scripts.serving_client import Connection, request_bytes
-from scripts.serving_findings import Bodies, Findings
 from scripts.serving_process import Server
+from scripts.serving_requests import Bodies, judge
 
 PART = "leavers"
 # Where they leave: before the headers' end; within the body; while a long text is made tokens; as
@@ -90,7 +91,7 @@ class Leaver:
         await connection.send(data)
         if point == "read":
             reply = await connection.answer()
-            self._findings.judge(PART, reply, (200, 429))
+            judge(self._findings, PART, reply, (200, 429))
             return reply.status == 200
         if point == "stream":
             return await self._within(connection, choose.randint(1, 16))
@@ -117,7 +118,7 @@ class Leaver:
             if body.count(b"data: ") >= events:
                 return True
         connection.reply.body = body
-        self._findings.judge(PART, connection.reply, (200, 429))
+        judge(self._findings, PART, connection.reply, (200, 429))
         return False
 
 
@@ -175,7 +176,7 @@ class Leavers:
         """A few who wait for their answers, and get them."""
         asked = (self._server.post("/v1/completions", self._bodies.mixed()) for _ in range(16))
         for reply in await asyncio.gather(*asked):
-            self._findings.judge(PART, reply, (200,))
+            judge(self._findings, PART, reply, (200,))
 
     async def _leave(self, point: str) -> None:
         await asyncio.sleep(self._choose.uniform(0, self._crowd.spread))

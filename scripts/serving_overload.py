@@ -14,10 +14,11 @@ import time
 from dataclasses import dataclass
 from statistics import quantiles
 
+from scripts.findings import Findings
 from scripts.serving_client import Reply, request_bytes
 from scripts.serving_client import ask as ask_once
-from scripts.serving_findings import Bodies, Findings
 from scripts.serving_process import Server
+from scripts.serving_requests import Bodies, judge
 
 PART = "overload"
 MOST_GROWTH = 0.05  # of memory, after the warm-up
@@ -180,7 +181,7 @@ class Overload:
                 for _ in range(size.slots)
             )
             for reply in await asyncio.gather(*asked):
-                self._findings.judge(PART, reply, (200,))
+                judge(self._findings, PART, reply, (200,))
 
     async def _watch(self, resident: list[int]) -> None:
         """Take its memory at the end of the warm-up and of the load."""
@@ -201,7 +202,7 @@ class Overload:
             body = self._bodies.mixed()
             request = request_bytes("POST", "/v1/completions", body)
             reply = await ask_once(self._server.port, request)
-            self._findings.judge(PART, reply, (200, 429))
+            judge(self._findings, PART, reply, (200, 429))
             tokens = self._tokens(reply, body["max_tokens"])
             done.append(Done(reply.status, reply.ended, reply.seconds, tokens))
             if reply.status != 200:

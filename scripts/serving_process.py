@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from scripts.findings import Findings
 from scripts.serving_client import Reply, ask, request_bytes
 
 LLAMA_RUN = (sys.executable, "-m", "llama_runtime")
@@ -168,6 +169,24 @@ def running(
             yield Server(process, port, manifest["name"], vocab_size, log, key)
         finally:
             process.kill()
+
+
+@contextmanager
+def watched(
+    findings: Findings,
+    start: Sequence[str],
+    bundle: Path,
+    folder: Path,
+    *args: str,
+    key: str | None = None,
+) -> Iterator[Server]:
+    """As ``running``; what its log complains of is among the findings, also if the block raises."""
+    with running(start, bundle, folder, *args, key=key) as server:
+        try:
+            yield server
+        finally:
+            for line in server.complaints():
+                findings.wrong("the log has no error", line)
 
 
 def _port(process: subprocess.Popen[bytes], log: Path) -> int:

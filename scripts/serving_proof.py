@@ -9,18 +9,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scripts.findings import Findings
 from scripts.serving_drain import Drain, Open
-from scripts.serving_findings import Findings
 from scripts.serving_leavers import Crowd, Leavers
 from scripts.serving_overload import Overload, Size
-from scripts.serving_process import LLAMA_RUN, Server, running
+from scripts.serving_process import LLAMA_RUN, Server, watched
 
 PARTS = ("overload", "leavers", "drain")
 
@@ -47,27 +46,23 @@ class Proof:
 
     def overload(self, size: Size) -> None:
         """Ten times more than it can take."""
-        with self._served(size.options) as server:
+        with self._watched(size.options) as server:
             asyncio.run(Overload(server, size, self.seed, self.findings).prove())
 
     def leavers(self, crowd: Crowd) -> None:
         """Clients who leave."""
-        with self._served(crowd.options) as server:
+        with self._watched(crowd.options) as server:
             asyncio.run(Leavers(server, crowd, self.seed, self.findings).prove())
 
     def drain(self, opened: Open) -> None:
         """SIGTERM, with time enough and with too little."""
-        with self._served(opened.options(opened.patience)) as server:
+        with self._watched(opened.options(opened.patience)) as server:
             asyncio.run(Drain(server, opened, self.seed, self.findings).prove_patient())
-        with self._served(opened.options(opened.hurry)) as server:
+        with self._watched(opened.options(opened.hurry)) as server:
             asyncio.run(Drain(server, opened, self.seed, self.findings).prove_hurried())
 
-    @contextmanager
-    def _served(self, options: list[str]) -> Iterator[Server]:
-        with running(self.start, self.bundle, self.folder, *options) as server:
-            yield server
-            for line in server.complaints():
-                self.findings.wrong("the log has no error", line)
+    def _watched(self, options: list[str]) -> AbstractContextManager[Server]:
+        return watched(self.findings, self.start, self.bundle, self.folder, *options)
 
 
 def main() -> None:
@@ -85,18 +80,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         proof = Proof(LLAMA_RUN, args.bundle, Path(name), args.seed)
         for part in args.parts or PARTS:
-            if part == "overload":
-                proof.overload(Size(seconds=args.seconds, warm_up=args.seconds / 4))
-            elif part == "leavers":
-                proof.leavers(Crowd(clients=args.clients))
-            else:
-                proof.drain(Open(streams=args.streams, slots=min(32, args.streams - 1)))
+            with proof.findings.part(part):
+                if part == "overload":
+                    proof.overload(Size(seconds=args.seconds, warm_up=args.seconds / 4))
+                elif part == "leavers":
+                    proof.leavers(Crowd(clients=args.clients))
+                else:
+                    proof.drain(Open(streams=args.streams, slots=min(32, args.streams - 1)))
             print(f"{part}: {json.dumps(proof.findings.figures.get(part))}", flush=True)
-    found = proof.findings
-    for line in found.bad:
-        print(line)
-    print(json.dumps({"passed": not found.bad, "seed": args.seed, **found.figures}))
-    sys.exit(bool(found.bad))
+    proof.findings.end(seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
+from scripts.findings import Findings
 from scripts.serving_client import Connection, Reply, ask, request_bytes
-from scripts.serving_findings import Bodies, Findings
 from scripts.serving_leavers import POINTS, Leaver
 from scripts.serving_process import Server
+from scripts.serving_requests import Bodies, judge
 
 PART = "soak"
 _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -204,7 +205,7 @@ class Uses:
 
     def _judge(self, reply: Reply, expected: tuple[int, ...]) -> None:
         self.statuses[reply.status] += 1
-        self._findings.judge(PART, reply, expected)
+        judge(self._findings, PART, reply, expected)
         if reply.status == 200 and reply.is_stream and reply.error is not None:
             law = f"{PART}: a stream that begins well ends well"
             self._findings.wrong(law, json.dumps(reply.error))

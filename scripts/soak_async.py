@@ -18,19 +18,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
+import pytest
 
-from llama_runtime import loading
 from llama_runtime.async_llm import AsyncLLM
-from llama_runtime.backends.fake import Fake
-from llama_runtime.contract import Geometry
 from llama_runtime.errors import QueueFullError, RequestError
 from llama_runtime.params import SamplingParams
-from llama_runtime.sampling import Reference
 from scripts.soak import MOST_BLOCKS, MOST_BYTES, SAMPLES, private_bytes
-from tests.runtime.conftest import write_fake_bundle
+from tests.runtime.conftest import use_fakes, write_fake_bundle
 
 MAX_BATCH, MAX_LEN = 8, 128
 AT_ONCE = 24  # uses that overlap, so that the queue fills
@@ -166,24 +162,8 @@ def soak(llm: AsyncLLM, requests: int, seed: int, say: Callable[[str], None]) ->
 @contextmanager
 def fake_llm() -> Iterator[AsyncLLM]:
     """One without a model, and with room for few that wait."""
-
-    def backend(
-        _: object,
-        geometry: Geometry,
-        *,
-        num_slots: int,
-        capacity: int,
-        num_prefix_blocks: int,
-        **_more: object,
-    ) -> Fake:
-        return Fake(num_slots, capacity, geometry.vocab_size, num_prefix_blocks=num_prefix_blocks)
-
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        mock.patch.object(loading, "open_session", return_value=None),
-        mock.patch.object(loading, "OrtCpu", backend),
-        mock.patch.object(loading, "OrtSampler", return_value=Reference()),
-    ):
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        use_fakes(patch)
         bundle = write_fake_bundle(Path(directory) / "bundle")
         llm = AsyncLLM(
             bundle,

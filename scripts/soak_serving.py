@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.serving_findings import Findings
+from scripts.findings import Findings
 from scripts.serving_leavers import SPARE_THREADS
-from scripts.serving_process import LLAMA_RUN, Held, Server, running
+from scripts.serving_process import LLAMA_RUN, Held, Server, watched
 from scripts.serving_uses import PART, Uses
 
 CLIENTS = 28
@@ -143,18 +141,14 @@ def main() -> None:
     findings = Findings()
     with (
         tempfile.TemporaryDirectory() as name,
-        running(LLAMA_RUN, args.bundle, Path(name), *OPTIONS, key=KEY) as server,
+        findings.part(PART),
+        watched(findings, LLAMA_RUN, args.bundle, Path(name), *OPTIONS, key=KEY) as server,
     ):
         soak = Soak(
             server, args.minutes * 60, args.seed, findings, lambda line: print(line, flush=True)
         )
         asyncio.run(soak.prove())
-        for line in server.complaints():
-            findings.wrong("the log has no error", line)
-    for line in findings.bad:
-        print(line)
-    print(json.dumps({"passed": not findings.bad, "seed": args.seed, **findings.figures}))
-    sys.exit(bool(findings.bad))
+    findings.end(seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def write_int8_cached(
     from llama_decoder.attention import slots_attention
     from llama_decoder.decoder import build_decoder, rope_buffers
     from llama_decoder.tiny import random_weights
-    from llama_export.passes_cache import cache_layout, cache_scales, quantise_slots_cache
+    from llama_export.cache_passes import cache_layout, cache_scales, quantise_slots_cache
     from llama_export.trace import save_graph, trace_decoder
     from llama_export.weight_file import float32_layout, weight_regions, write_weights
     from llama_runtime.contract import SLOTS

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llama_runtime.backends.base import Outcome
 from llama_runtime.backends.fake import Fake
+from llama_runtime.chunk import Chunk
 from llama_runtime.contract import MIN_CHUNK, cache_capacity
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
@@ -21,7 +22,7 @@ from llama_runtime.kv_cache import SlotCache
 from llama_runtime.runner import HostRunner
 from llama_runtime.sampler import Sampler
 from llama_runtime.sampling import Reference
-from llama_runtime.scheduler import Chunk, Scheduler
+from llama_runtime.scheduler import Scheduler
 from llama_runtime.sequence import Sequence
 from llama_runtime.step_batch import StepBatch
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from llama_runtime.backends.base import Outcome
 from llama_runtime.backends.fake_paged import FakeInFlight, FakePaged, Views
+from llama_runtime.chunk import Chunk, any_chunk
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
 from llama_runtime.errors import BackendError
@@ -17,7 +18,7 @@ from llama_runtime.grammars import GrammarCompiler
 from llama_runtime.paged_batch import PagedStep
 from llama_runtime.paged_cache import PagedCache
 from llama_runtime.sampling import Logits
-from llama_runtime.scheduler import Chunk, Scheduler, any_chunk
+from llama_runtime.scheduler import Scheduler
 
 POISON = 1 << 40  # a token id that none has
 

@@ -13,16 +13,17 @@ import pytest
 
 from llama_runtime.backends import cuda_sampler
 from llama_runtime.backends.tensorrt_runner import TensorRtRunner
+from llama_runtime.chunk import Chunk
 from llama_runtime.contract import Geometry
 from llama_runtime.detokenizer import TokenBytes
 from llama_runtime.engine import Engine
 from llama_runtime.events import TokenEvent
-from llama_runtime.grammars import GrammarCompiler, MaskFiller, Masks, mask_words
+from llama_runtime.grammar_masks import MaskFiller, Masks, mask_words
+from llama_runtime.grammars import GrammarCompiler
 from llama_runtime.new_sequence import new_sequence
 from llama_runtime.params import SamplingParams
 from llama_runtime.sampler import Sampler
 from llama_runtime.sampling import Reference
-from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence, TokenLogprob
 from llama_runtime.stopping import finish_reason
 from llama_runtime.tensorrt.limits import EngineLimits

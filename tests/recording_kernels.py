@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from llama_runtime.backends.cuda_sampler import IN_PROMPT, THREADS
 from llama_runtime.backends.fake_paged import _params
-from llama_runtime.grammars import forbid, mask_words
-from llama_runtime.paged_batch import EDITED, GREEDY, MASKED, ROW
+from llama_runtime.grammar_masks import forbid, mask_words
 from llama_runtime.sampling import NOT_FINITE, Logits, Reference, draw, likeliest, uniform
+from llama_runtime.step_arrays import EDITED, GREEDY, MASKED, ROW
 
 
 class Array(Protocol):

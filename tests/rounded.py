@@ -181,7 +181,8 @@ def write_rounded(
 
 def _matrices(weights: Mapping[str, Any], pieces: Mapping[str, Any], stored: Any) -> dict[str, Any]:
     """What stands where ``NumpyLlama`` has arrays; empty if nothing of the weights is rounded."""
-    from llama_export.host_weights import EMBEDDING, Int8Weights
+    from llama_decoder.names import EMBEDDING
+    from llama_export.host_weights import Int8Weights
     from llama_export.quantise.codes import unpack
 
     numbers: dict[str, Any] = {}

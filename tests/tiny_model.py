@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import tokenizers
@@ -33,3 +35,13 @@ def write_tiny_model(directory: Path) -> None:
     byte_level_tokenizer().save(str(directory / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHAT_TEMPLATE}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def build_tiny_bundle(folder: Path) -> Path:
+    """Write the tiny model into an existing folder, and have ``llama-export build`` its bundle."""
+    model, bundle = folder / "model", folder / "bundle"
+    model.mkdir()
+    write_tiny_model(model)
+    command = ["llama_export", "build", str(model), "--output", str(bundle), "--quiet"]
+    subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)
+    return bundle

@@ -6,15 +6,13 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from llama_runtime.bundle import open_bundle, write_manifest
 from llama_runtime.server import ServerSettings
 from tests.browser import Tab, browser_tab, find_chromium
-from tests.runtime.conftest import write_fake_bundle
+from tests.runtime.conftest import write_roomy_bundle
 from tests.runtime.server.serving import Serving, serving, stream_bytes
 
 CHROMIUM = find_chromium()
@@ -34,11 +32,7 @@ MAX_LEN = 2048
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = write_fake_bundle(tmp_path_factory.mktemp("bundles") / "page", eos_token_id=257)
-    manifest = open_bundle(made).manifest
-    geometry = replace(manifest.geometry, max_positions=4096)
-    write_manifest(made, replace(manifest, geometry=geometry))
-    return made
+    return write_roomy_bundle(tmp_path_factory.mktemp("bundles") / "page")
 
 
 @pytest.fixture(scope="module")

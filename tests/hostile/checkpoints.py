@@ -45,7 +45,6 @@ VALUES: tuple[Any, ...] = (
     [10**9, 10**9],
     {"a": 1},
 )
-JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 def write_sources(folder: Path) -> list[Path]:

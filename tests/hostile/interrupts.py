@@ -21,6 +21,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.tiny_model import build_tiny_bundle
+
 NUM_ROWS = 200
 SIGNALS = (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 LIMIT_S = 60.0
@@ -38,7 +40,7 @@ def main() -> None:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bundle = _write_bundle(folder)
+        bundle = build_tiny_bundle(folder)
         bad, outcomes = interrupt_batches(folder, bundle, args.batches, rng)
         bad_builds, more = interrupt_builds(
             folder, bundle, args.builds, rng, model=folder / "model"
@@ -48,16 +50,6 @@ def main() -> None:
     figures = {"batches": args.batches, **outcomes, "builds": args.builds, **more}
     print(json.dumps({"passed": not bad + bad_builds, "seed": args.seed, **figures}))
     sys.exit(bool(bad + bad_builds))
-
-
-def _write_bundle(folder: Path) -> Path:
-    from tests.tiny_model import write_tiny_model
-
-    (folder / "model").mkdir()
-    write_tiny_model(folder / "model")
-    command = ["llama_export", "build", str(folder / "model"), "-o", str(folder / "bundle"), "-q"]
-    subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)
-    return folder / "bundle"
 
 
 def interrupt_batches(

@@ -14,7 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from llama_runtime.params import SamplingParams
 from llama_runtime.slots_engine import slots_engine
 from llama_runtime.step_batch import Step
 from llama_runtime.tokenizer import Tokenizer
+from tests.wrapped_backend import Wrapped
 
 Rows = npt.NDArray[np.float32]
 
@@ -129,19 +130,18 @@ def open_unpacked_session(graph: Path, threads: int) -> Any:
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
-@dataclass
-class Recorded:
-    """A backend that keeps every row of logits that is sampled, and what kind of steps it saw."""
+class Recorded(Wrapped):
+    """Keeps every row of logits that is sampled, and what kind of steps it saw."""
 
-    backend: OrtCpu
-    row_multiple: int
-    rows: dict[int, list[Rows]] = field(default_factory=dict)
-    steps: int = 0
-    idle_steps: int = 0  # with a slot that nobody uses
-    one_row_steps: int = 0
+    def __init__(self, backend: OrtCpu) -> None:
+        super().__init__(backend)
+        self.rows: dict[int, list[Rows]] = {}
+        self.steps = 0
+        self.idle_steps = 0  # with a slot that nobody uses
+        self.one_row_steps = 0
 
     def run(self, step: Step) -> Rows:
-        logits = self.backend.run(step)
+        logits = super().run(step)
         sampled = [chunk.seq.id for chunk in step.chunks if chunk.samples]
         for sequence_id, row in zip(sampled, logits, strict=False):
             self.rows.setdefault(sequence_id, []).append(row.copy())
@@ -149,18 +149,6 @@ class Recorded:
         self.idle_steps += len(step.chunks) < len(step.query_seqlens)
         self.one_row_steps += sum(chunk.num_tokens for chunk in step.chunks) == 1
         return logits
-
-    def clean(self, slot: int, num_tokens: int) -> None:
-        self.backend.clean(slot, num_tokens)
-
-    def save_block(self, slot: int, start: int, block: int) -> None:
-        self.backend.save_block(slot, start, block)
-
-    def load_block(self, slot: int, start: int, block: int) -> None:
-        self.backend.load_block(slot, start, block)
-
-    def close(self) -> None:
-        self.backend.close()
 
 
 @dataclass(frozen=True)
@@ -206,7 +194,7 @@ class Runner:
     ) -> Run:
         """Run all requests; ``arrivals`` says how many of those that wait come before a step."""
         backend = self._backend(slots, cache_capacity(MAX_LEN, chunk), self.row_multiple)
-        recorded = Recorded(backend, self.row_multiple)
+        recorded = Recorded(backend)
         engine = slots_engine(
             recorded,
             self._token_bytes,

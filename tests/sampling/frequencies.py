@@ -23,11 +23,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from llama_runtime.chunk import Chunk
 from llama_runtime.detokenizer import Detokenizer
 from llama_runtime.params import SamplingParams
 from llama_runtime.sampler import Sampler
 from llama_runtime.sampling import Kernels
-from llama_runtime.scheduler import Chunk
 from llama_runtime.sequence import Sequence
 
 Row = npt.NDArray[np.float32]

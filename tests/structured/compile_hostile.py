@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from llama_runtime.errors import RequestError
-from llama_runtime.grammars import GrammarCompiler, MaskFiller, Masks, mask_words
+from llama_runtime.grammar_masks import MaskFiller, Masks, mask_words
+from llama_runtime.grammars import GrammarCompiler
 from llama_runtime.params import SamplingParams
 from tests.structured.hostile import HOSTILE
 

@@ -16,7 +16,8 @@ from jsonschema import FormatChecker, ValidationError
 from jsonschema.protocols import Validator
 from jsonschema.validators import Draft202012Validator, validator_for
 
-from llama_runtime.grammars import GrammarCompiler, MaskFiller, Masks, mask_words
+from llama_runtime.grammar_masks import MaskFiller, Masks, mask_words
+from llama_runtime.grammars import GrammarCompiler
 from llama_runtime.params import SamplingParams
 from llama_runtime.tokenizer import Tokenizer
 from tests.structured.builders import Schema
