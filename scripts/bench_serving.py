@@ -6,12 +6,14 @@ import argparse
 import asyncio
 import json
 import random
+import selectors
+import socket
 import tempfile
 import time
-from collections.abc import Coroutine
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llama_runtime.async_llm import AsyncLLM
 from llama_runtime.params import SamplingParams
@@ -50,8 +52,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=4, help="of each stream")
-    parser.add_argument("--tokens", type=int, default=128, help="the most of a request")
+    parser.add_argument("--requests", type=int, default=3, help="of each stream")
+    parser.add_argument("--tokens", type=int, default=160, help="of each stream, in all requests")
     parser.add_argument("--threads", type=int, help="of the model; on a GPU it has none")
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
     options = parser.parse_args()
@@ -71,7 +73,7 @@ async def _compared(server: Server, options: argparse.Namespace) -> None:
         max_len=MAX_LEN,
         threads=options.threads,
     )
-    streams = [await Stream.to(server.port) for _ in range(options.streams)]
+    client = Client(server, options.streams)
     numbers = random.Random(0)
 
     def prompt(length: int) -> list[int]:
@@ -83,27 +85,29 @@ async def _compared(server: Server, options: argparse.Namespace) -> None:
         for number in range(options.rounds + 1):  # the first one warms up
             work = [
                 [
-                    (prompt(numbers.randint(*PROMPT_TOKENS)), numbers.randint(1, options.tokens))
-                    for _ in range(options.requests)
+                    (prompt(numbers.randint(*PROMPT_TOKENS)), tokens)
+                    for tokens in _parts(options.tokens, options.requests, numbers)
                 ]
-                for _ in streams
+                for _ in range(options.streams)
             ]
             found: dict[str, Rates] = {}
             for way in ("here", "there") if number % 2 else ("there", "here"):
-                found[way] = await _all_at_once(
-                    [
-                        _inside(llm, one) if way == "here" else stream.ask(server.model, one)
-                        for stream, one in zip(streams, work, strict=True)
-                    ]
-                )
+                began = time.monotonic()
+                if way == "here":
+                    times = await asyncio.gather(*(_inside(llm, one) for one in work))
+                else:
+                    times = client.ask(work)
+                found[way] = _rates(times, began)
             if not number:
                 continue
             rates.append((found["here"], found["there"]))
-            waits = [
-                (await _wait(_inside(llm, [one])), await _wait(streams[0].ask(server.model, [one])))
-                for one in ((prompt(ALONE_TOKENS), 2) for _ in range(ALONE))
-            ]
-            later.append(1000 * median(there - here for here, there in waits))
+            waits: list[float] = []
+            for one in [(prompt(ALONE_TOKENS), 2) for _ in range(ALONE)]:
+                began = time.monotonic()
+                here = (await _inside(llm, [one]))[0] - began
+                began = time.monotonic()
+                waits.append(client.ask([[one]])[0][0] - began - here)
+            later.append(1000 * median(waits))
             inside, outside = rates[-1]
             print(
                 f"{options.streams} streams: {inside.busy:6.0f} tokens/s inside, "
@@ -134,17 +138,16 @@ async def _compared(server: Server, options: argparse.Namespace) -> None:
     print(json.dumps(figures))
 
 
-async def _all_at_once(streams: list[Coroutine[Any, Any, Times]]) -> Rates:
-    began = time.monotonic()
-    found = await asyncio.gather(*streams)
+def _parts(total: int, count: int, numbers: random.Random) -> list[int]:
+    """A number in so many parts, each at least 1: all streams end at about the same time."""
+    cuts = [0, *sorted(numbers.sample(range(1, total), count - 1)), total]
+    return [end - start for start, end in pairwise(cuts)]
+
+
+def _rates(found: list[Times], began: float) -> Rates:
     whole = sum(map(len, found)) / (time.monotonic() - began)
     start, end = max(times[0] for times in found), min(times[-1] for times in found)
     return Rates(sum(start < one <= end for times in found for one in times) / (end - start), whole)
-
-
-async def _wait(stream: Coroutine[Any, Any, Times]) -> float:
-    began = time.monotonic()
-    return (await stream)[0] - began
 
 
 async def _inside(llm: AsyncLLM, work: list[Work]) -> Times:
@@ -157,42 +160,55 @@ async def _inside(llm: AsyncLLM, work: list[Work]) -> Times:
     return times
 
 
-class Stream(asyncio.Protocol):
-    """A connection that is kept between requests, as clients keep theirs.
+class Client:
+    """Connections that are kept between requests, as clients keep theirs.
 
-    It notes when events come, and does as little else as it can: it shares the processor.
+    It notes when events come, and does as little else as it can, without an event loop of Python's:
+    it shares the processor with the server.
+
+    Args:
+        server: that is asked.
+        streams: connections to it.
     """
 
-    @classmethod
-    async def to(cls, port: int) -> Stream:
-        """One to a port of the loopback."""
-        loop = asyncio.get_running_loop()
-        _, made = await loop.create_connection(cls, "127.0.0.1", port)
-        return made
+    def __init__(self, server: Server, streams: int) -> None:
+        self._model = server.model
+        self._selector = selectors.DefaultSelector()
+        self._sockets = [
+            socket.create_connection(("127.0.0.1", server.port)) for _ in range(streams)
+        ]
+        for number, one in enumerate(self._sockets):
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._selector.register(one, selectors.EVENT_READ, number)
 
-    async def ask(self, model: str, work: list[Work]) -> Times:
-        """Have prompts continued, one after another; when each event came."""
-        self._times: Times = []
-        for prompt, tokens in work:
-            body = {"model": model, "prompt": prompt, "max_tokens": tokens, "stream": True}
-            body |= {"temperature": 0, "ignore_eos": True}
-            self._end = b""
-            self._done = asyncio.get_running_loop().create_future()
-            self._transport.write(request_bytes("POST", "/v1/completions", body, keep=True))
-            await self._done
-        return self._times
+    def ask(self, work: list[list[Work]]) -> list[Times]:
+        """Have prompts continued, one after another on each connection; when each event came."""
+        left = [[self._request(prompt, tokens) for prompt, tokens in reversed(one)] for one in work]
+        times: list[Times] = [[] for _ in work]
+        ends = [b""] * len(work)
+        for one, requests in zip(self._sockets, left, strict=False):
+            one.sendall(requests.pop())
+        busy = len(work)
+        while busy:
+            for key, _ in self._selector.select():
+                number = key.data
+                data = self._sockets[number].recv(65536)
+                if not data:
+                    raise RuntimeError("the server hung up")
+                times[number] += data.count(b"data: {") * [time.monotonic()]
+                ends[number] = (ends[number] + data)[-len(_END) :]
+                if ends[number] == _END:
+                    ends[number] = b""
+                    if left[number]:
+                        self._sockets[number].sendall(left[number].pop())
+                    else:
+                        busy -= 1
+        return times
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See ``asyncio.Protocol``."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        """See ``asyncio.Protocol``."""
-        self._times += data.count(b"data: {") * [time.monotonic()]
-        self._end = (self._end + data)[-len(_END) :]
-        if self._end == _END:
-            self._done.set_result(None)
+    def _request(self, prompt: list[int], tokens: int) -> bytes:
+        body = {"model": self._model, "prompt": prompt, "max_tokens": tokens, "stream": True}
+        body |= {"temperature": 0, "ignore_eos": True}
+        return request_bytes("POST", "/v1/completions", body, keep=True)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ MAX_QUEUED_TOKENS = 10**9
     "--api-key-file",
     metavar="FILE",
     type=FILE,
-    help="Keys, one a line; one of them has to come with every request but /health, /ping and "
-    "/ready. Others on this machine may not read the file.",
+    help="Keys, one a line; one of them has to come with every request but /health, /ping, /ready "
+    "and those for the page's own files. Others on this machine may not read the file.",
 )
 @click.option("--insecure", is_flag=True, help="Let anybody who reaches the host ask.")
 @click.option(

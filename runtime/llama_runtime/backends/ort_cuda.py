@@ -2,8 +2,8 @@
 
 A step is a copy to the device, the decoder's kernels and the sampler's, and a copy back, all on one
 stream. The next one takes its tokens from where the sampler left them, so it is queued before the
-host has seen them. Steps that decode come in few sizes, and from the second time on each is one
-launch of a captured graph, the sampler in it.
+host has seen them. Steps that decode come in few sizes, and from the second time on the decoder of
+each is one launch of a captured graph; the sampler's kernels follow it.
 """
 
 from __future__ import annotations
