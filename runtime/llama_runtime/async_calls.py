@@ -138,8 +138,9 @@ class Call(Generic[Item]):
             if index < 0:  # nothing can run any more
                 assert isinstance(message, CaravanError)
                 raise message.with_traceback(None)  # others are told the same error
+            if (growing := self._growing.get(index)) is None:
+                continue  # the LLM was closed just as it ended
             self._concerns = index
-            growing = self._growing[index]
             growing.take(message)
             if growing.request.ended:
                 self._done[index] = self._growing.pop(index).completions
