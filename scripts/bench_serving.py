@@ -22,7 +22,6 @@ from scripts.bench_machine import machine
 from scripts.serving_client import request_bytes
 from scripts.serving_process import LLAMA_RUN, Server, running
 
-MAX_LEN = 512
 PROMPT_TOKENS = (16, 128)  # the least and the most
 ALONE_TOKENS = 64
 ALONE = 15  # requests one by one, in a round
@@ -59,7 +58,8 @@ def main() -> None:
     options = parser.parse_args()
     build(options.bundle)
     with tempfile.TemporaryDirectory() as folder:
-        size = ["--max-batch", str(options.streams), "--max-len", str(MAX_LEN)]
+        size = ["--max-batch", str(options.streams)]
+        size += ["--max-len", str(_max_len(options))]
         if options.threads is not None:
             size += ["--threads", str(options.threads)]
         with running(LLAMA_RUN, options.bundle, Path(folder), *size) as server:
@@ -70,7 +70,7 @@ async def _compared(server: Server, options: argparse.Namespace) -> None:
     llm = await AsyncLLM.load(
         options.bundle,
         max_batch=options.streams,
-        max_len=MAX_LEN,
+        max_len=_max_len(options),
         threads=options.threads,
     )
     client = Client(server, options.streams)
@@ -136,6 +136,10 @@ async def _compared(server: Server, options: argparse.Namespace) -> None:
         "first_token_ms": median(later),
     }
     print(json.dumps(figures))
+
+
+def _max_len(options: argparse.Namespace) -> int:
+    return PROMPT_TOKENS[1] + int(options.tokens)
 
 
 def _parts(total: int, count: int, numbers: random.Random) -> list[int]:
