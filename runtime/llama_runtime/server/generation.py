@@ -98,16 +98,10 @@ class Generation:
         """
         self._max_wait = max_wait
         try:
-            await self._begin(0)
-        except CaravanError as error:
-            self._fail(0, error)
-        else:
-            submitted()
-            while (letter := self._mailbox.take()) is None:
-                await self._mailbox.wait()
-            self._take(*letter)
-        if self._error is not None:
-            raise self._error
+            await self._begin_first(submitted)
+        except BaseException:
+            await self.close()
+            raise
         if len(self._prepared.prompts) > 1:
             self._others = asyncio.create_task(self._begin_others())
 
@@ -166,6 +160,20 @@ class Generation:
             self._reminder = loop.call_at(self._reminder_due, self._remind, loop)
         else:
             self._mailbox.stir()
+
+    async def _begin_first(self, submitted: Callable[[], object]) -> None:
+        await self._window.acquire()
+        try:
+            await self._begin(0)
+        except CaravanError as error:
+            self._fail(0, error)
+        else:
+            submitted()
+            while (letter := self._mailbox.take()) is None:
+                await self._mailbox.wait()
+            self._take(*letter)
+        if self._error is not None:
+            raise self._error
 
     async def _begin_others(self) -> None:
         """The prompts after the first, each when there is room for it."""

@@ -24,7 +24,7 @@ from llama_runtime.server.failures import ClientGoneError
 from llama_runtime.server.generation import Generation, Progress
 from llama_runtime.server.keys import is_loopback
 from llama_runtime.server.metrics import Tally
-from llama_runtime.server.page_activity import Activity
+from llama_runtime.server.page_activity import Activity, Call
 from llama_runtime.server.request_log import RequestRecord
 
 
@@ -66,33 +66,48 @@ def test_who_hangs_up_is_told_from_who_is_cancelled() -> None:
 
 
 class Silent:
-    """A worker that accepts a request and says no more of it."""
+    """A worker that says no more of a request than that it is accepted, if that.
+
+    Args:
+        accepts: whether it says so much.
+    """
 
     forked = False
+
+    def __init__(self, *, accepts: bool) -> None:
+        self.cancelled: list[Ticket] = []
+        self._accepts = accepts
 
     def admit(self, deliver: Deliver, _within: None, *, streamed: bool) -> Ticket:
         return Ticket(deliver, streamed=streamed)
 
     def submit(self, ticket: Ticket, _token_ids: list[int], _params: SamplingParams) -> None:
-        seq: Any = SimpleNamespace(id=1, prompt_logprobs=[])
-        assert ticket.tell(Accepted((seq,)))
+        if self._accepts:
+            seq: Any = SimpleNamespace(id=1, prompt_logprobs=[])
+            assert ticket.tell(Accepted((seq,)))
 
     def cancel(self, ticket: Ticket) -> None:
-        ticket.ended = True
+        self.cancelled.append(ticket)
 
 
-def test_what_came_before_an_error_is_given_out_before_it(fake_bundle: Path) -> None:
-    worker: Any = Silent()
-
+def generation_on(worker: Any, bundle: Path, call: Call) -> Generation:
     def request(prompt: list[int], params: SamplingParams, **_: object) -> AsyncRequest:
         return AsyncRequest(worker, prompt, params)
 
+    llm: Any = SimpleNamespace(max_batch=2, request=request)
+    asked = parse_completion({"model": "m", "prompt": "a"}, SamplingParams())
+    prepared = asked.prepared(PromptEncoder(open_bundle(bundle)))
+    return Generation(llm, prepared, Deadline(None), call, Tally())
+
+
+@pytest.fixture
+def call() -> Call:
+    return Activity().enter(RequestRecord(id="name", method="POST", path="/"))
+
+
+def test_what_came_before_an_error_is_given_out_before_it(fake_bundle: Path, call: Call) -> None:
     async def main() -> None:
-        llm: Any = SimpleNamespace(max_batch=2, request=request)
-        call = Activity().enter(RequestRecord(id="name", method="POST", path="/"))
-        asked = parse_completion({"model": "m", "prompt": "a"}, SamplingParams())
-        prepared = asked.prepared(PromptEncoder(open_bundle(fake_bundle)))
-        generation = Generation(llm, prepared, Deadline(None), call, Tally())
+        generation = generation_on(Silent(accepts=True), fake_bundle, call)
         await generation.start(None, lambda: None)
         event = TokenEvent(1, 5, "a")
         for message in (event, BackendError("the graph failed"), event):
@@ -101,6 +116,26 @@ def test_what_came_before_an_error_is_given_out_before_it(fake_bundle: Path) -> 
         for _ in range(2):
             with pytest.raises(BackendError):
                 await generation.some()
+
+    asyncio.run(main())
+
+
+def test_who_leaves_before_the_engine_says_a_word_gives_the_place_back(
+    fake_bundle: Path, call: Call
+) -> None:
+    """At once, and not when the garbage is collected."""
+
+    async def main() -> None:
+        worker = Silent(accepts=False)
+        generation = generation_on(worker, fake_bundle, call)
+        task = asyncio.create_task(generation.start(None, lambda: None))
+        await asyncio.sleep(0)
+        assert len(call.requests) == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert len(worker.cancelled) == 1
+        assert not call.requests
 
     asyncio.run(main())
 
