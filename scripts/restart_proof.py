@@ -23,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scripts.serving_process import check_bundle
+
 PATIENCE = 60.0  # seconds for what takes none where all is well
 HANG_SECONDS = 2.0  # after which a client of a process that is gone hangs
 POLL_SECONDS = 0.01
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=48, help="that are being answered (48)")
     parser.add_argument("--limit", type=float, default=30.0, help="seconds to /ready (30)")
     args = parser.parse_args()
+    check_bundle(args.bundle)
     with tempfile.TemporaryDirectory() as name:
         # Each kill comes with a start of its own; what the first one has verified is remembered.
         os.environ["XDG_CACHE_HOME"] = name

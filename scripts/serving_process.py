@@ -141,6 +141,12 @@ class Server:
         return found
 
 
+def check_bundle(bundle: Path) -> None:
+    """End the program with a sentence if there is no bundle."""
+    if not (bundle / "manifest.json").exists():
+        raise SystemExit(f"{bundle} is no bundle: give --bundle, or make one by llama-export build")
+
+
 @contextmanager
 def running(
     start: Sequence[str], bundle: Path, folder: Path, *args: str, key: str | None = None
@@ -154,6 +160,7 @@ def running(
         args: more of the command line.
         key: that it is to want.
     """
+    check_bundle(bundle)
     manifest = json.loads((bundle / "manifest.json").read_text())
     command = [*start, "serve", "--port", "0", "--bundle", str(bundle), *args]
     if key is not None:
