@@ -221,7 +221,7 @@ def bench(
     is the time from one token to the next, E2E that of a whole request. Of the machine's limits,
     which are measured first: "mem" is the bytes of weights that each run of the graph reads, with
     the keys and values of the tokens before each that is decoded; "ops" is two operations for each
-    parameter and token. On a GPU these two aren't known.
+    parameter and token. With TensorRT or several GPUs these two aren't known.
 
     --json writes vLLM's names: output_throughput, mean_ttft_ms, p99_itl_ms and so on, for each run.
 

@@ -62,7 +62,7 @@ def cuda_plan(bundle: Bundle, devices: Seq[Device], max_batch: int, max_len: int
     """
     geometry = bundle.manifest.geometry
     bundle.graph_path(PAGED.name)  # which it may not have
-    _, cache_dtype = _dtypes(bundle)
+    cache_dtype = cuda_cache_dtype(bundle)
     memories = [
         Memory(int(free - MARGIN * total), f"GPU {device.ordinal}, {device.name}")
         for device in devices
@@ -133,6 +133,15 @@ def cuda_engines(
             engine.close()
         raise
     return engines[0] if len(engines) == 1 else EngineGroup(engines)
+
+
+def cuda_cache_dtype(bundle: Bundle) -> DType:
+    """The type of keys and values.
+
+    Raises:
+        BundleError: the graph is of a precision that this version doesn't know.
+    """
+    return _dtypes(bundle)[1]
 
 
 def _dtypes(bundle: Bundle) -> tuple[DType, DType]:

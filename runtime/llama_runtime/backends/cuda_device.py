@@ -126,6 +126,11 @@ class Device:
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", target.ctypes.data, address, target.nbytes, kind, self.stream)
 
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        """Queue a copy on the device."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call("cudaMemcpyAsync", target, source, num_bytes, kind, self.stream)
+
     def event(self) -> Any:
         """A new event, without times, until ``close``."""
         event = self._call("cudaEventCreateWithFlags", self._runtime.cudaEventDisableTiming)

@@ -53,6 +53,11 @@ def open_cuda_session(graph: Path, device: Device) -> Any:
         BackendError: the graph can't be loaded, or breaks a rule of ``graph_file``.
     """
     check_graph(graph)
+    return cuda_session(graph, device)
+
+
+def cuda_session(model: Path | bytes, device: Device) -> Any:
+    """Load any graph onto a device; see ``open_cuda_session``."""
     ort, schemas = import_library("gpu")
     if "CUDAExecutionProvider" not in ort.get_available_providers() or not schemas(
         "PagedAttention"
@@ -74,10 +79,11 @@ def open_cuda_session(graph: Path, device: Device) -> Any:
     }
     try:
         session = ort.InferenceSession(
-            graph, options, providers=[("CUDAExecutionProvider", provider)]
+            model, options, providers=[("CUDAExecutionProvider", provider)]
         )
     except Exception as error:  # ONNX Runtime raises many types that share no base of its own
-        raise BackendError(f"{graph} can't be loaded: {error}") from error
+        name = model if isinstance(model, Path) else "a graph"
+        raise BackendError(f"{name} can't be loaded: {error}") from error
     if "CUDAExecutionProvider" not in session.get_providers():
         raise DependencyError(
             f"onnxruntime can't load its CUDA provider, for want of a library of CUDA: {INSTALL}"

@@ -26,23 +26,27 @@ SHAPES = ((32, 2048, 8192), (512, 2048, 2048))  # rows, K and N of the products 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the machine was seen to reach.
+    """What the machine, or a device of it, was seen to reach.
 
     Attributes:
-        bandwidth: bytes read of memory a second.
-        float_rate: operations a second of products of float32; a multiply-add is two.
-        byte_rate: the same of products of bytes.
-        threads: that did it.
+        bandwidth: bytes read of memory a second; on a GPU also those written, by a copy.
+        rates: operations a second of products of "float32", "bytes" or "float16"; a multiply-add
+            is two.
+        threads: that did it; None on a GPU.
     """
 
     bandwidth: float
-    float_rate: float
-    byte_rate: float
-    threads: int
+    rates: dict[str, float]
+    threads: int | None = None
 
-    def rate_of(self, precision: str) -> float:
-        """The limit for products of weights of a precision: kernels of int8 and int4 use bytes."""
-        return self.byte_rate if precision.startswith("int") else self.float_rate
+    def kind_of(self, precision: str) -> str:
+        """Of what the products are that weights of a precision run in.
+
+        On the CPU int8 and int4 run in kernels for bytes, on a GPU all in 16 bits.
+        """
+        if "float16" in self.rates:
+            return "float16"
+        return "bytes" if precision.startswith("int") else "float32"
 
 
 def measure(threads: int) -> Limits:
@@ -53,8 +57,10 @@ def measure(threads: int) -> Limits:
     """
     return Limits(
         bandwidth=_bandwidth(threads),
-        float_rate=max(_rates(threads, of_bytes=False)),
-        byte_rate=max(_rates(threads, of_bytes=True)),
+        rates={
+            "float32": max(_rates(threads, of_bytes=False)),
+            "bytes": max(_rates(threads, of_bytes=True)),
+        },
         threads=threads,
     )
 
@@ -71,7 +77,7 @@ def _bandwidth(threads: int) -> float:
 
     with ThreadPoolExecutor(threads) as pool:
         return max(
-            whole.nbytes / _fastest(lambda read=read: list(pool.map(read, parts)))  # type: ignore[misc]
+            whole.nbytes / fastest(lambda read=read: list(pool.map(read, parts)))  # type: ignore[misc]
             for read in (largest, union)
         )
 
@@ -86,7 +92,7 @@ def _rates(threads: int, *, of_bytes: bool) -> Iterator[float]:
             model = float_product(rows, np.full((depth, columns), 0.5, np.float32))
             left = np.ones((rows, depth), np.float32)
         session = _session(model, threads)
-        yield 2 * rows * depth * columns / _fastest(lambda s=session, a=left: s.run(None, {"a": a}))  # type: ignore[misc]
+        yield 2 * rows * depth * columns / fastest(lambda s=session, a=left: s.run(None, {"a": a}))  # type: ignore[misc]
 
 
 def _session(model: bytes, threads: int) -> Any:
@@ -101,7 +107,7 @@ def _session(model: bytes, threads: int) -> Any:
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _fastest(work: Callable[[], object]) -> float:
+def fastest(work: Callable[[], object]) -> float:
     """Seconds of the fastest of a few calls, after one that touches all memory."""
     work()
     found = []

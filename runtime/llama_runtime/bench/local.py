@@ -20,11 +20,12 @@ from llama_runtime.bench.work import Work
 from llama_runtime.bench.workload import Ask, Workload, from_talks, synthetic
 from llama_runtime.bundle import open_bundle
 from llama_runtime.errors import CapacityError, RequestError
-from llama_runtime.loading import Loaded, load, runs_on_gpu
+from llama_runtime.loading import Loaded, load, runs_on_gpu, runs_on_tensorrt
 from llama_runtime.machine import default_threads
 from llama_runtime.progress import Console, duration
 from llama_runtime.prompt_encoder import PromptEncoder
 from llama_runtime.settings import Settings, in_range
+from llama_runtime.slots_precision import slots_cache_dtype
 
 WARM_TOKENS = 4
 
@@ -87,7 +88,9 @@ def run_local(options: LocalOptions, console: Console) -> Record:
         threads=bench.threads,
         devices=None if options.devices is None else list(options.devices),
     )
-    record["limits"] = None if bench.limits is None else asdict(bench.limits)
+    record["limits"] = None
+    if bench.limits is not None:
+        record["limits"] = {**asdict(bench.limits), "kind": bench.limits.kind_of(bench.precision)}
     kinds = [(workload.input_len, workload.output_len) for workload in workloads]
     record["runs"] = sorted(
         bench.runs, key=lambda run: kinds.index((run["input_len"], run["output_len"]))
@@ -136,7 +139,8 @@ class _Bench:
     Attributes:
         precision: of the bundle's graph.
         threads: of the kernels; None on a GPU.
-        limits: what the machine reaches; None on a GPU, where nothing measures it.
+        limits: what the machine or the device reaches; None with TensorRT or several devices, where
+            nothing measures it.
         runs: what came of them.
     """
 
@@ -157,8 +161,14 @@ class _Bench:
         if not self.on_gpu:
             wanted = default_threads() if options.threads is None else options.threads
             self.threads = in_range("threads", wanted, 1024)
-            self._work = Work(encoder.bundle)
+            self._work = Work(encoder.bundle, slots_cache_dtype(encoder.bundle))
             self.limits = measure(self.threads)
+        elif self._num_engines == 1 and not runs_on_tensorrt(encoder.bundle):
+            from llama_runtime.bench.device_limits import measure_device
+            from llama_runtime.cuda_loading import cuda_cache_dtype
+
+            self._work = Work(encoder.bundle, cuda_cache_dtype(encoder.bundle))
+            self.limits = measure_device((options.devices or [0])[0])
         self._first: dict[int, list[list[int]]] = {}  # tokens of the first run of a workload
         self._differing: dict[str, int] = {}
         self._now, self._done, self._total = "loading", 0, 0
@@ -251,9 +261,10 @@ class _Bench:
         lengths = [(trace.input_len, trace.output_len) for trace in run.traces]
         read = self._work.read_bytes(lengths, run.num_steps)
         operations = self._work.operations(lengths)
+        rate = self.limits.rates[self.limits.kind_of(self.precision)]
         return {
             "bandwidth_share": read / run.duration / self.limits.bandwidth,
-            "compute_share": operations / run.duration / self.limits.rate_of(self.precision),
+            "compute_share": operations / run.duration / rate,
         }
 
     def _compare(self, label: str, workload: Workload, run: Run) -> None:

@@ -7,13 +7,18 @@ import numpy.typing as npt
 
 from llama_runtime.protocol_buffers import bytes_field, number_field
 
-FLOAT, UINT8, INT8, INT32 = 1, 2, 3, 6  # as ONNX numbers its types
+FLOAT, UINT8, INT8, INT32, FLOAT16 = 1, 2, 3, 6, 10  # as ONNX numbers its types
 _IR_VERSION, _OPSET = 10, 21
 
 
 def float_product(rows: int, matrix: npt.NDArray[np.float32]) -> bytes:
     """``MatMul`` of a, [rows, K] float32, and a constant [K, N]."""
     return _product("MatMul", FLOAT, FLOAT, FLOAT, rows, matrix)
+
+
+def half_product(rows: int, matrix: npt.NDArray[np.float16]) -> bytes:
+    """``MatMul`` of a, [rows, K] float16, and a constant [K, N]."""
+    return _product("MatMul", FLOAT16, FLOAT16, FLOAT16, rows, matrix)
 
 
 def byte_product(rows: int, matrix: npt.NDArray[np.int8]) -> bytes:

@@ -134,7 +134,9 @@ def _limits(limits: Mapping[str, Any] | None) -> dict[str, object]:
         return {}
     return {
         "reading memory": f"{limits['bandwidth'] / 1e9:.1f} GB/s",
-        "products of float32": f"{limits['float_rate'] / 1e9:,.0f} G operations/s",
-        "products of bytes": f"{limits['byte_rate'] / 1e9:,.0f} G operations/s",
-        "threads": limits["threads"],
+        **{
+            f"products of {kind}": f"{rate / 1e9:,.0f} G operations/s"
+            for kind, rate in limits["rates"].items()
+        },
+        **({} if limits["threads"] is None else {"threads": limits["threads"]}),
     }

@@ -73,7 +73,7 @@ def _lines(record: Mapping[str, Any]) -> Iterator[str]:
         yield ""
     limits = record.get("limits")
     if limits is not None:
-        yield from _limits(record, limits)
+        yield from _limits(limits)
     yield from _folded(" ".join(record["notes"]))
 
 
@@ -137,13 +137,13 @@ def _table(columns: Seq[Column], runs: Seq[Run]) -> Iterator[str]:
         yield _GAP.join(parts).rstrip()
 
 
-def _limits(record: Mapping[str, Any], limits: Mapping[str, Any]) -> Iterator[str]:
-    kind = "byte_rate" if str(record["precision"]).startswith("int") else "float_rate"
+def _limits(limits: Mapping[str, Any]) -> Iterator[str]:
+    kind = limits["kind"]
     yield from _folded(
-        f"mem: share of {limits['bandwidth'] / 1e9:.1f} GB/s that this machine reads; ops: of "
-        f"{limits[kind] / 1e9:,.0f} G operations/s of products of "
-        f"{'bytes' if kind == 'byte_rate' else 'floats'}. What is counted: "
-        "llama-run bench --help."
+        f"mem: share of {limits['bandwidth'] / 1e9:,.1f} GB/s that this "
+        f"{'GPU copies' if limits['threads'] is None else 'machine reads'}; ops: of "
+        f"{limits['rates'][kind] / 1e9:,.0f} G operations/s of products of {kind}. What is "
+        "counted: llama-run bench --help."
     )
 
 

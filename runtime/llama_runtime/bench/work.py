@@ -15,8 +15,7 @@ from math import prod
 from pathlib import Path
 
 from llama_runtime.bundle import Bundle
-from llama_runtime.contract import CACHE_ITEM_BYTES, Geometry
-from llama_runtime.slots_precision import slots_cache_dtype
+from llama_runtime.contract import CACHE_ITEM_BYTES, DType, Geometry
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TABLES = ("rope_cos", "rope_sin")
@@ -25,18 +24,19 @@ Entries = dict[str, tuple[tuple[int, ...], int]]
 
 
 class Work:
-    """Counts the work of runs of a bundle for the CPU.
+    """Counts the work of runs of a bundle.
 
     Args:
         bundle: the bundle.
+        cache_dtype: of keys and values.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, cache_dtype: DType) -> None:
         self._geometry = bundle.manifest.geometry
         weights = [name for name in bundle.manifest.files if name.endswith(".safetensors")]
         self._entries = stored(bundle.path / weights[0]) if len(weights) == 1 else {}
         g = self._geometry
-        item = CACHE_ITEM_BYTES[slots_cache_dtype(bundle)]
+        item = CACHE_ITEM_BYTES[cache_dtype]
         self._token_bytes = item * prod((2, g.num_layers, g.num_kv_heads, g.head_dim))
 
     def read_bytes(self, lengths: Seq[tuple[int, int]], num_steps: int) -> int:

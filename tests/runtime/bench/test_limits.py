@@ -12,10 +12,11 @@ import onnxruntime
 import pytest
 
 from llama_runtime.bench import limits, peak_memory
-from llama_runtime.bench.onnx_bytes import byte_product, float_product
+from llama_runtime.bench.onnx_bytes import byte_product, float_product, half_product
 from llama_runtime.bench.work import Work, parameters, stored, weight_bytes
 from llama_runtime.bundle import open_bundle
 from llama_runtime.contract import Geometry
+from llama_runtime.slots_precision import slots_cache_dtype
 
 SMOLLM2_135M = Geometry(
     num_layers=30,
@@ -43,6 +44,8 @@ def test_products_written_by_hand_are_right() -> None:
     matrix = numbers.standard_normal((130, 5)).astype(np.float32)
     left = numbers.standard_normal((3, 130)).astype(np.float32)
     assert np.allclose(ran(float_product(3, matrix), left), left @ matrix, atol=1e-4)
+    halves, left16 = matrix.astype(np.float16), left.astype(np.float16)
+    assert np.allclose(ran(half_product(3, halves), left16), left16 @ halves, atol=0.5)
     codes = numbers.integers(-60, 60, (130, 5), np.int8)
     whole = numbers.integers(0, 100, (3, 130), np.uint8)
     exact = whole.astype(np.int32) @ codes.astype(np.int32)
@@ -58,14 +61,17 @@ def test_limits_are_measured_and_chosen_by_precision(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(limits, "READ_BYTES", 2**20)
     monkeypatch.setattr(limits, "SHAPES", ((2, 8, 16),))
     found = limits.measure(1)
-    assert min(found.bandwidth, found.float_rate, found.byte_rate) > 0
-    assert found.rate_of("int8") == found.rate_of("int4") == found.byte_rate
-    assert found.rate_of("fp32") == found.float_rate
+    assert min(found.bandwidth, *found.rates.values()) > 0
+    kinds = [found.kind_of(precision) for precision in ("int8", "int4", "fp32")]
+    assert kinds == ["bytes", "bytes", "float32"]
+    assert found.rates.keys() == set(kinds)
+    device = limits.Limits(1.0, {"float16": 1.0})
+    assert {device.kind_of(precision) for precision in ("fp16", "bf16", "int4")} == {"float16"}
 
 
 def test_the_tiny_bundles_work_is_counted_by_hand(tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)
-    work, g = Work(bundle), bundle.manifest.geometry
+    work, g = Work(bundle, slots_cache_dtype(bundle)), bundle.manifest.geometry
     lengths = [(10, 3), (5, 1)]  # tokens computed: 12 and 5; drawn: 3 and 1
     layers, head = parameters(g)
     assert work.operations(lengths) == 2 * (17 * layers + 4 * head)
