@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import random
 import shutil
 import signal
 import socket
@@ -28,7 +29,10 @@ class Served:
     def __init__(self, process: subprocess.Popen[str], port: int) -> None:
         self._process = process
         self._port = port
-        assert self._said() == "ready"
+
+    def is_ready(self) -> bool:
+        """Whether it has started; waits until that is known."""
+        return self._said() == "ready"
 
     def ask(self) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """Send a question; the answer as it begins."""
@@ -61,22 +65,36 @@ class Served:
         return "nothing"
 
 
+STARTS = 2  # Ray's own start is not what is tested here, and fails at times where much else runs
+
+
 @pytest.fixture(scope="module")
 def served(tiny_bundle: Path) -> Iterator[Served]:
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: sockets lie in it
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    env = {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled", "MAX_TOKENS": "120"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.ray_serve_driver", str(tiny_bundle), str(port)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, **env},
-        start_new_session=True,
-    )
+    said = ""
+    for _ in range(STARTS):
+        folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: sockets lie in it
+        with starting(tiny_bundle, folder) as found:
+            if found.is_ready():
+                yield found
+                return
+            said = (folder / "said").read_text()
+    pytest.fail(f"Ray Serve has not started: {said[-2000:]}")
+
+
+@contextlib.contextmanager
+def starting(bundle: Path, folder: Path) -> Iterator[Served]:
+    port = unused_port()
+    env = {"RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "disabled", "MAX_TOKENS": "120"}
+    with (folder / "said").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.ray_serve_driver", str(bundle), str(port)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, **env},
+            start_new_session=True,
+        )
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -90,6 +108,15 @@ def served(tiny_bundle: Path) -> Iterator[Served]:
             process.wait()
         process.stdout.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def unused_port() -> int:
+    """One that the system gives to nobody who asks for any, as Ray's processes do meanwhile."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def test_too_many_are_told_to_come_again(served: Served) -> None:
